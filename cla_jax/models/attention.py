@@ -1,0 +1,172 @@
+"""Attention over K/V that are handed in: a pure function, an owner's projection, a query side.
+
+Axes: `B` batch, `T` query length, `S` key length, `N` query heads, `K` KV heads, `H` head dim,
+`D` model dim.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from cla_jax.configs import ExecutionConfig, ModelConfig
+from cla_jax.models.rotary import Rotary, rotate
+from cla_jax.models.sharding import constrain, named
+
+_CUDNN_HEAD_DIM_MULTIPLE = 8
+
+
+class KV(NamedTuple):
+    """Keys, already rotated, and values of one owner."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+class LayerContext(NamedTuple):
+    """What every layer of a forward pass reads beside its input and its K/V.
+
+    Attributes:
+        rotary: angles of the positions.
+        documents: document of each token; attention stays within one. None: one document a row.
+    """
+
+    rotary: Rotary
+    documents: Int[Array, "B T"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPath:
+    """Which implementation `attend` takes, and why.
+
+    Attributes:
+        implementation: of `jax.nn.dot_product_attention`.
+        head_dim: that it runs with: heads are zero-padded up to it inside the call.
+        reason: one line for logs.
+    """
+
+    implementation: Literal["cudnn", "xla"]
+    head_dim: int
+    reason: str
+
+
+def attention_path(head_dim: int, dtype: jnp.dtype) -> AttentionPath:
+    """The implementation for a head dim and dtype on the default device.
+
+    cuDNN's fused attention on NVIDIA GPUs from compute capability 8.0, for 16-bit types and head
+    dims up to 256 (128 before Hopper), in multiples of 8; XLA for everything else, which
+    materialises the scores.
+    """
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda"):
+        return AttentionPath("xla", head_dim, f"{device.platform} has no fused kernel in jax.nn")
+    capability = float(device.compute_capability)
+    largest = 256 if capability >= 9.0 else 128
+    if capability < 8.0:
+        return AttentionPath("xla", head_dim, f"cuDNN needs capability 8.0, this is {capability}")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return AttentionPath("xla", head_dim, f"cuDNN takes 16-bit types, this is {dtype}")
+    if head_dim > largest:
+        return AttentionPath(
+            "xla", head_dim, f"cuDNN takes head dims up to {largest} here, this is {head_dim}"
+        )
+    padded = -(-head_dim // _CUDNN_HEAD_DIM_MULTIPLE) * _CUDNN_HEAD_DIM_MULTIPLE
+    why = "fused" if padded == head_dim else f"fused, head dim {head_dim} zero-padded to {padded}"
+    return AttentionPath("cudnn", padded, why)
+
+
+def attend(
+    q: Float[Array, "B T N H"], kv: KV, documents: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T N H"]:
+    """Causal softmax attention of whole sequences, for training: query `t` sees keys `0..t`.
+
+    Query head `n` reads KV head `n // (N // K)`. With `documents`, a query sees the keys of its own
+    document only; that route passes an explicit mask, which the fused kernel reads from memory.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of `q`.
+    """
+    head_dim = q.shape[-1]
+    path = attention_path(head_dim, q.dtype)
+    mask: Bool[Array, "B 1 T T"] | None = None
+    if documents is not None:
+        mask = documents[:, None, :, None] == documents[:, None, None, :]
+    padding = ((0, 0), (0, 0), (0, 0), (0, path.head_dim - head_dim))
+    if path.head_dim != head_dim:
+        q, kv = jnp.pad(q, padding), KV(jnp.pad(kv.k, padding), jnp.pad(kv.v, padding))
+    # jax.nn mixes float32 softmax statistics with 16-bit inputs on purpose.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(
+            q, kv.k, kv.v, mask=mask, is_causal=True, scale=head_dim**-0.5,
+            implementation=path.implementation,
+        )  # fmt: skip
+    return out[..., :head_dim]
+
+
+class KVProjection(nnx.Module):
+    """What makes a layer an owner: projects its input to keys and values and rotates the keys.
+
+    The keys are rotated here, once, before anything reads or caches them.
+    """
+
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs) -> None:
+        shape = (config.d_model, 2, config.kv_heads, config.head_dim)
+        self.projection = nnx.Einsum(
+            "BTD,DCKH->BTCKH",
+            shape,
+            shape[1:] if config.use_bias else None,
+            dtype=jnp.dtype(execution.compute_dtype),
+            kernel_init=nnx.initializers.normal(config.init_std),
+            kernel_metadata=named("embed", "pair", "kv_heads", "head_dim"),
+            bias_metadata=named("pair", "kv_heads", "head_dim"),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "B T D"], angles: Rotary) -> KV:
+        """Rotated keys and values `[B, T, K, H]` of a (normalised) input."""
+        kv = self.projection(x)
+        k, v = rotate(kv[:, :, 0], angles), kv[:, :, 1]
+        axes = ("batch", "length", "kv_heads", "head_dim")
+        return KV(constrain(k, *axes), constrain(v, *axes))
+
+
+class QueryAttention(nnx.Module):
+    """The query side, which every layer has: projects queries, attends to given K/V, projects back.
+
+    `N * H` need not equal `D`.
+    """
+
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs) -> None:
+        heads, dtype = (config.query_heads, config.head_dim), jnp.dtype(execution.compute_dtype)
+        init = nnx.initializers.normal(config.init_std)
+        self.query = nnx.Einsum(
+            "BTD,DNH->BTNH",
+            (config.d_model, *heads),
+            heads if config.use_bias else None,
+            dtype=dtype,
+            kernel_init=init,
+            kernel_metadata=named("embed", "heads", "head_dim"),
+            bias_metadata=named("heads", "head_dim"),
+            rngs=rngs,
+        )
+        self.out = nnx.Einsum(
+            "BTNH,NHD->BTD",
+            (*heads, config.d_model),
+            (config.d_model,) if config.use_bias else None,
+            dtype=dtype,
+            kernel_init=init,
+            kernel_metadata=named("heads", "head_dim", "embed"),
+            bias_metadata=named("embed"),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], kv: KV, context: LayerContext
+    ) -> Float[Array, "B T D"]:
+        """Attention output `[B, T, D]` of a (normalised) input over an owner's K/V."""
+        axes = ("batch", "length", "heads", "head_dim")
+        q = constrain(rotate(self.query(x), context.rotary), *axes)
+        return self.out(constrain(attend(q, kv, context.documents), *axes))

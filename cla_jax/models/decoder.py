@@ -1,0 +1,108 @@
+"""The decoder-only transformer: embedding, a stack that shares K/V, norm, output projection."""
+
+from typing import cast
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from cla_jax.configs import ExecutionConfig, ModelConfig
+from cla_jax.models.attention import LayerContext
+from cla_jax.models.layers import DecoderLayer
+from cla_jax.models.normalization import Norm
+from cla_jax.models.rotary import positions_in_documents, rotary
+from cla_jax.models.sharding import constrain, named
+from cla_jax.models.stack import scan_layers, stack_layers, unstack_layer
+
+
+class Decoder(nnx.Module):
+    """A Llama-like or GPT-NeoX decoder whose layers share K/V by `config.sharing`.
+
+    Parameters are float32 and the same however the model is executed: scanned, unrolled,
+    rematerialised or in bfloat16.
+
+    Args:
+        config: the architecture.
+        execution: how it is run.
+        rngs: random streams for the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 (frozen)
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config, self.execution = config, execution
+        dtype = jnp.dtype(execution.compute_dtype)
+        init = nnx.initializers.normal(config.init_std)
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.d_model,
+            dtype=dtype,
+            embedding_init=init,
+            embedding_metadata=named("vocab", "embed"),
+            rngs=rngs,
+        )
+        self.layers = stack_layers(
+            lambda owns_kv, r: DecoderLayer(config, execution, owns_kv, rngs=r),
+            config.sharing,
+            rngs=rngs,
+        )
+        self.final_norm = Norm(config, execution, rngs=rngs)
+        self.head = nnx.data(None)
+        if not config.tied_embeddings:
+            self.head = nnx.data(
+                nnx.Param(
+                    init(rngs.params(), (config.d_model, config.vocab_size)),
+                    **named("embed", "vocab"),
+                )
+            )
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], documents: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of the token after each position, float32.
+
+        Args:
+            tokens: ids below `config.vocab_size`.
+            documents: document of each token. When given, attention stays within a document and
+                positions restart at its start.
+        """
+        return self.unembed(self.hidden(tokens, documents))
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], documents: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Activations after the final norm, in the compute dtype; arguments as in a call."""
+        if documents is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        else:
+            positions = positions_in_documents(documents)
+        angles = rotary(positions, self.config.rotary, self.config.rope_theta)
+        context = LayerContext(angles, documents)
+        x = constrain(self.embedding(tokens), "batch", "length", "model")
+        x = scan_layers(
+            lambda layer, x, kv: layer(x, kv, context),
+            self.config.sharing,
+            self.layers,
+            x,
+            self.execution,
+        )
+        return self.final_norm(x)
+
+    def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits, float32, of activations after the final norm."""
+        kernel = self.embedding.embedding[...].T if self.head is None else self.head[...]
+        logits = jnp.einsum(
+            "BTD,DV->BTV",
+            hidden,
+            kernel.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return constrain(logits, "batch", "length", "vocab")
+
+    def layer(self, index: int) -> DecoderLayer:
+        """One layer by its index, with parameters of its own shape rather than stacked."""
+        return cast(DecoderLayer, unstack_layer(self.layers, self.config.sharing, index))

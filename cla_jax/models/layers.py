@@ -1,0 +1,50 @@
+"""The decoder layer: the same for owners and readers, Llama and GPT-NeoX."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cla_jax.configs import ExecutionConfig, ModelConfig
+from cla_jax.models.attention import KV, KVProjection, LayerContext, QueryAttention
+from cla_jax.models.feedforward import FeedForward
+from cla_jax.models.normalization import Norm
+from cla_jax.models.sharding import constrain
+
+
+class DecoderLayer(nnx.Module):
+    """`(x, kv) -> (x, kv)`: an owner makes the K/V it returns, a reader passes on what it is given.
+
+    A reader holds no K/V parameters. Where the norms are separate (CLA section 3.1), an owner has
+    a norm of its own before its K/V projection.
+    """
+
+    def __init__(
+        self, config: ModelConfig, execution: ExecutionConfig, owns_kv: bool, *, rngs: nnx.Rngs
+    ) -> None:
+        self.parallel_residual = config.parallel_residual
+        self.attention_norm = Norm(config, execution, rngs=rngs)
+        self.attention = QueryAttention(config, execution, rngs=rngs)
+        self.kv_projection = nnx.data(
+            KVProjection(config, execution, rngs=rngs) if owns_kv else None
+        )
+        own_norm = owns_kv and config.separate_kv_norm
+        self.kv_norm = nnx.data(Norm(config, execution, rngs=rngs) if own_norm else None)
+        self.ffn_norm = Norm(config, execution, rngs=rngs)
+        self.ffn = FeedForward(config, execution, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], kv: KV | None, context: LayerContext
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """Run the layer; `kv` is None for an owner."""
+        h = self.attention_norm(x)
+        if self.kv_projection is not None:
+            own = h if self.kv_norm is None else self.kv_norm(x)
+            kv = self.kv_projection(own, context.rotary)
+        if kv is None:
+            raise ValueError("a layer that owns no K/V was given none to read")
+        attended = self.attention(h, kv, context)
+        if self.parallel_residual:
+            x = x + attended + self.ffn(self.ffn_norm(x))
+        else:
+            x = x + attended
+            x = x + self.ffn(self.ffn_norm(x))
+        return constrain(x, "batch", "length", "model"), kv

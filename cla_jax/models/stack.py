@@ -1,0 +1,191 @@
+"""`scan_layers`: any layer of the form `(x, kv) -> (x, kv)` becomes a stack that shares K/V.
+
+One `jax.lax.scan` per segment of the sharing map, whose carry is `(x, K/V)`. Readers of an owner in
+the same repeat read its K/V inside the body; the carry takes the last owner's K/V out of the scan;
+a segment of readers alone closes over the K/V it reads, which are then saved once for the backward
+pass instead of once a step.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from cla_jax.configs import ExecutionConfig, Remat
+from cla_jax.sharing import KVSharing, Segment
+
+type Layers = Sequence[Sequence[Any]]
+"""`[segment][position]`: pytrees of one layer's parameters, stacked over the segment's repeats."""
+
+type LayerFn[X, P] = Callable[[P, X, Any], tuple[X, Any]]
+"""`layer(parameters, x, kv) -> (x, kv)`; `kv` is None where the layer is an owner."""
+
+
+def stack_layers(
+    make_layer: Callable[[bool, nnx.Rngs], nnx.Module], sharing: KVSharing, *, rngs: nnx.Rngs
+) -> nnx.List[nnx.List[nnx.Module]]:
+    """Build every layer of a sharing map, stacked as `scan_layers` wants them.
+
+    Args:
+        make_layer: `make_layer(owns_kv, rngs)` builds one layer.
+        sharing: the map.
+        rngs: random streams; each layer gets its own.
+
+    Returns:
+        `[segment][position]`, every array with a leading axis of the segment's repeats, whose
+        logical name is `layers`.
+    """
+
+    def stack(owns_kv: bool, repeats: int) -> nnx.Module:
+        @jax.vmap
+        @functools.partial(nnx.transform_metadata, in_axes=0, out_axes=0, partition="layers")
+        def make(layer_rngs: nnx.Rngs) -> nnx.Module:
+            return make_layer(owns_kv, layer_rngs)
+
+        return make(rngs.split(repeats))
+
+    return nnx.List(
+        nnx.List(
+            stack(source == position, segment.repeats)
+            for position, source in enumerate(segment.sources)
+        )
+        for segment in sharing.segments
+    )
+
+
+def unstack_layer(layers: Layers, sharing: KVSharing, layer: int) -> Any:
+    """The parameters of one layer, by its index in the model, without the stacked axis."""
+    for segment, stacked in zip(sharing.segments, layers, strict=True):
+        if layer < segment.stop:
+            repeat, position = divmod(layer - segment.start, segment.period)
+            return _at(stacked[position], repeat)
+    raise ValueError(f"layer {layer} of a stack of {sharing.num_layers}: expected one below that")
+
+
+def scan_layers[X](
+    layer: LayerFn[X, Any],
+    sharing: KVSharing,
+    layers: Layers,
+    x: X,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 (frozen)
+) -> X:
+    """Run `x` through every layer, each with the K/V that the sharing map gives it.
+
+    The compiler traces the layers of the segments' periods, not the depth (see `Segment`).
+
+    Args:
+        layer: `layer(parameters, x, kv) -> (x, kv)`. An owner is given None and returns its K/V,
+            any pytree of arrays; a reader is given its owner's and what it returns is ignored.
+        sharing: the map.
+        layers: stacked parameters, as `stack_layers` makes them.
+        x: any pytree whose shapes and dtypes every layer keeps.
+        execution: `scan`, `unroll` and `remat` are used.
+
+    Returns:
+        `x` after the last layer.
+
+    Raises:
+        ValueError: an owner returned None, or `layers` was stacked for another map.
+    """
+    _check_stacked(sharing, layers)
+    last_read = {owner: reader for reader, owner in enumerate(sharing.owners)}
+    available: dict[int, Any] = {}
+    for segment, stacked in zip(sharing.segments, layers, strict=True):
+        last_repeat = segment.stop - segment.period
+        exports = tuple(
+            position
+            for position, source in enumerate(segment.sources)
+            if source == position and last_read[last_repeat + position] >= segment.stop
+        )
+        body = _segment_body(layer, segment, available, exports)
+        with jax.named_scope(f"layers_{segment.start}_to_{segment.stop - 1}"):
+            x, exported = _run_segment(body, segment.repeats, list(stacked), x, execution)
+        available |= {
+            last_repeat + position: kv for position, kv in zip(exports, exported, strict=True)
+        }
+    return x
+
+
+def _segment_body(
+    layer: LayerFn[Any, Any], segment: Segment, outer: dict[int, Any], exports: tuple[int, ...]
+) -> Callable[[Any, list[Any]], tuple[Any, tuple[Any, ...]]]:
+    """One repeat of a segment: `(x, parameters) -> (x, K/V of the exported owners)`."""
+    closed_over = {~source: outer[~source] for source in segment.sources if source < 0}
+
+    def body(x: Any, parameters: list[Any]) -> tuple[Any, tuple[Any, ...]]:
+        own: dict[int, Any] = {}
+        for position, source in enumerate(segment.sources):
+            if source != position:
+                kv = own[source] if source >= 0 else closed_over[~source]
+                x, _ = layer(parameters[position], x, kv)
+                continue
+            x, kv = layer(parameters[position], x, None)
+            if kv is None:
+                raise ValueError(
+                    f"layer {segment.start + position} is an owner but returned no K/V"
+                )
+            own[position] = kv
+        return x, tuple(own[position] for position in exports)
+
+    return body
+
+
+def _run_segment(
+    body: Callable[..., Any],
+    repeats: int,
+    stacked: list[Any],
+    x: Any,
+    execution: ExecutionConfig,
+) -> tuple[Any, tuple[Any, ...]]:
+    scanned = execution.scan and repeats > 1
+    body = _rematerialised(body, execution.remat, inside_scan=scanned)
+    if not scanned:
+        exported: tuple[Any, ...] = ()
+        for repeat in range(repeats):
+            x, exported = body(x, _at(stacked, repeat))
+        return x, exported
+
+    # The exported K/V ride in the carry; each step overwrites them before anything reads them, so
+    # the compiler drops all but the last and the backward pass saves none.
+    _, shapes = jax.eval_shape(body, x, _at(stacked, 0))
+    empty = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
+
+    def step(carry: tuple[Any, Any], parameters: list[Any]) -> tuple[tuple[Any, Any], None]:
+        return body(carry[0], parameters), None
+
+    carry, _ = jax.lax.scan(step, (x, empty), stacked, unroll=min(execution.unroll, repeats))
+    return carry
+
+
+def _rematerialised(
+    body: Callable[..., Any], remat: Remat, *, inside_scan: bool
+) -> Callable[..., Any]:
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return body
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+    }[remat]
+    # Inside a scan nothing can merge the recomputation with the original, so the barriers that
+    # prevent it are only cost; outside one, without them XLA undoes the rematerialisation.
+    return jax.checkpoint(body, policy=policy, prevent_cse=not inside_scan)
+
+
+def _at(stacked: Any, repeat: int) -> Any:
+    return jax.tree.map(lambda a: a[repeat], stacked)
+
+
+def _check_stacked(sharing: KVSharing, layers: Layers) -> None:
+    expected = [(segment.period, segment.repeats) for segment in sharing.segments]
+    found = [
+        (len(stacked), jax.tree.leaves(stacked[0])[0].shape[0]) if len(stacked) else (0, 0)
+        for stacked in layers
+    ]
+    if found != expected:
+        raise ValueError(
+            f"layers are stacked as (period, repeats) {found}; the sharing map "
+            f"{sharing.owners} needs {expected}: build them with stack_layers"
+        )
