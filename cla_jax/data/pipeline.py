@@ -1,0 +1,223 @@
+"""Batches from token streams, with Grain.
+
+The order of the windows is a function of the seed alone, and an iterator's state is one number:
+the batches taken. That number means nothing without the data it counts, so a checkpoint also saves
+`data_fingerprint` and a resume compares it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import numpy as np
+
+from cla_jax.configs import DataConfig
+from cla_jax.data.token_stream import TokenStream
+
+__all__ = ["EvaluationWindows", "TokenWindows", "batches", "data_fingerprint", "evaluation_batches"]
+
+# Windows are small and made quickly: a few batches ahead hide the page faults.
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+class TokenWindows:
+    """Windows of a stream that overlap by one token: the inputs and, shifted by one, the targets.
+
+    Item i is `{"tokens": int32 [T + 1]}`, the tokens from `i * T`; with `document_ids` also
+    `{"documents": int32 [T + 1]}`, the index of the document each token belongs to. The last,
+    partial window is dropped.
+
+    Args:
+        stream: the tokens.
+        sequence_length: `T`.
+        document_ids: add `documents`.
+
+    Raises:
+        ValueError: a sequence length below 1, or a stream too short for one window.
+    """
+
+    def __init__(
+        self, stream: TokenStream, sequence_length: int, *, document_ids: bool = False
+    ) -> None:
+        _check_positive("sequence_length", sequence_length)
+        if stream.num_tokens < sequence_length + 1:
+            raise ValueError(
+                f"the {stream.split} stream has {stream.num_tokens} tokens, too few for one window "
+                f"of sequence_length {sequence_length} + 1; the longest sequence_length that works "
+                f"is {stream.num_tokens - 1} (or give it more text)"
+            )
+        self.stream = stream
+        self.sequence_length = sequence_length
+        self.document_ids = document_ids
+
+    def __len__(self) -> int:
+        return (self.stream.num_tokens - 1) // self.sequence_length
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = int(index) * self.sequence_length
+        stop = start + self.sequence_length + 1
+        item = {"tokens": self.stream.tokens[start:stop].astype(np.int32)}
+        if self.document_ids:
+            item["documents"] = _document_ids(self.stream, start, stop)
+        return item
+
+    def __repr__(self) -> str:
+        return f"TokenWindows({self.stream.fingerprint}, {self.sequence_length})"
+
+
+class EvaluationWindows:
+    """Every token of a stream after the first exactly once as a target, in order.
+
+    Item i is `{"tokens": int32 [T + 1], "mask": float32 [T]}`; `mask` is 1 where the target
+    `tokens[1:][t]` counts and 0 in padding: the end of the last window, and whole rows that make
+    the number of windows a multiple of `multiple_of`. With `document_ids`, `documents` as in
+    `TokenWindows`, -1 in padding.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        sequence_length: int,
+        *,
+        multiple_of: int = 1,
+        document_ids: bool = False,
+    ) -> None:
+        _check_positive("sequence_length", sequence_length)
+        if stream.num_tokens < 2:
+            raise ValueError(f"the {stream.split} stream has no token to predict")
+        self.stream = stream
+        self.sequence_length = sequence_length
+        self.document_ids = document_ids
+        windows = -(-(stream.num_tokens - 1) // sequence_length)
+        self._length = -(-windows // multiple_of) * multiple_of
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        T = self.sequence_length
+        start = min(int(index) * T, self.stream.num_tokens)
+        stop = min(start + T + 1, self.stream.num_tokens)
+        tokens = np.full(T + 1, self.stream.end_of_text, np.int32)
+        tokens[: stop - start] = self.stream.tokens[start:stop]
+        mask = (np.arange(1, T + 1) < stop - start).astype(np.float32)
+        item = {"tokens": tokens, "mask": mask}
+        if self.document_ids:
+            item["documents"] = np.full(T + 1, -1, np.int32)
+            item["documents"][: stop - start] = _document_ids(self.stream, start, stop)
+        return item
+
+    def __repr__(self) -> str:
+        return f"EvaluationWindows({self.stream.fingerprint}, {self.sequence_length})"
+
+
+# How documents become rows, by `DataConfig.packing`; each is a random access source of items.
+_PACKINGS: dict[str, Callable[[TokenStream, DataConfig], TokenWindows]] = {
+    "concat": lambda stream, config: TokenWindows(
+        stream, config.sequence_length, document_ids=config.document_mask
+    ),
+}
+
+
+def batches(
+    stream: TokenStream, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset[dict[str, np.ndarray]]:
+    """Endless shuffled training batches of one process.
+
+    Windows are shuffled over the whole stream, anew in each epoch, by `config.seed`. Batch k of all
+    processes together is the same set of windows whatever their number.
+
+    Returns:
+        A dataset of `{"tokens": int32 [B / process_count, T + 1]}`, with `document_mask` also
+        `{"documents": int32 [B / process_count, T + 1]}`. The iterator's `get_state()` is
+        `{"next_index": batches taken}`.
+
+    Raises:
+        ValueError: a stream shorter than a window, an unknown packing, a negative seed, a batch
+            that does not divide over the processes.
+    """
+    if config.packing not in _PACKINGS:
+        raise ValueError(f"packing={config.packing!r} is unknown; known: {', '.join(_PACKINGS)}")
+    if config.seed < 0:
+        raise ValueError(f"seed={config.seed} must be at least 0")
+    local_batch = _local_batch(config.batch_size, process_index, process_count)
+    windows = _PACKINGS[config.packing](stream, config)
+    dataset = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
+    # Batched as a map, not as an iterator, so that the state counts batches.
+    dataset = dataset[process_index::process_count].batch(local_batch, drop_remainder=True)
+    return dataset.to_iter_dataset(_READ_OPTIONS)
+
+
+def evaluation_batches(
+    stream: TokenStream,
+    sequence_length: int,
+    batch_size: int,
+    *,
+    document_ids: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset[dict[str, np.ndarray]]:
+    """One pass over a stream in order, in which every token after the first is a target once.
+
+    Every process gets the same number of batches, the last of which are padded.
+
+    Returns:
+        A dataset of the items of `EvaluationWindows`, batched: `tokens` int32
+        `[B / process_count, T + 1]`, `mask` float32 `[B / process_count, T]`.
+
+    Raises:
+        ValueError: as `batches`; a stream shorter than a window is padded, not refused.
+    """
+    local_batch = _local_batch(batch_size, process_index, process_count)
+    windows = EvaluationWindows(
+        stream, sequence_length, multiple_of=batch_size, document_ids=document_ids
+    )
+    dataset = grain.MapDataset.source(windows)[process_index::process_count]
+    return dataset.batch(local_batch, drop_remainder=True).to_iter_dataset(_READ_OPTIONS)
+
+
+def data_fingerprint(
+    stream: TokenStream, config: DataConfig, process_count: int = 1
+) -> dict[str, Any]:
+    """Everything that decides which tokens batch k holds, in plain JSON values.
+
+    Two equal dictionaries and the same number of batches taken mean the same batch next; compare
+    field by field to name what differs.
+    """
+    return {
+        "corpus": stream.corpus_fingerprint,
+        "tokenizer": stream.tokenizer_fingerprint,
+        "split": stream.split,
+        "tokens": stream.fingerprint,
+        "packing": config.packing,
+        "document_mask": config.document_mask,
+        "sequence_length": config.sequence_length,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "process_count": process_count,
+    }
+
+
+def _document_ids(stream: TokenStream, start: int, stop: int) -> np.ndarray:
+    """The documents of tokens `start` to `stop`, int32."""
+    positions = np.arange(start, stop)
+    return (np.searchsorted(stream.offsets, positions, side="right") - 1).astype(np.int32)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _local_batch(batch_size: int, process_index: int, process_count: int) -> int:
+    """The rows of a batch that one process reads."""
+    _check_positive("batch_size", batch_size)
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must be from 0 to {process_count - 1}")
+    if batch_size % process_count:
+        nearest = max(round(batch_size / process_count), 1) * process_count
+        raise ValueError(
+            f"batch_size={batch_size} does not divide over {process_count} processes; the nearest "
+            f"that does is {nearest}"
+        )
+    return batch_size // process_count
