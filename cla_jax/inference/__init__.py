@@ -1,0 +1,5 @@
+"""Generation."""
+
+from cla_jax.inference.generate import greedy
+
+__all__ = ["greedy"]

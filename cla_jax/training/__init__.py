@@ -1,0 +1,14 @@
+"""Training: optimizer, step, checkpoints, metrics and the loop."""
+
+from cla_jax.training.step import Model, TrainState, init_state, make_train_step, token_losses
+from cla_jax.training.trainer import Trained, train
+
+__all__ = [
+    "Model",
+    "TrainState",
+    "Trained",
+    "init_state",
+    "make_train_step",
+    "token_losses",
+    "train",
+]

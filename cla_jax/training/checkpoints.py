@@ -1,0 +1,127 @@
+"""Checkpoints with Orbax: the whole training state, with what it belongs to."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from cla_jax.training.step import TrainState
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+        state: parameters, optimizer state and step.
+        data: the data iterator's state.
+    """
+
+    state: TrainState
+    data: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for pending saves.
+
+    A save is written beside the others and appears by a rename, so an interrupted one leaves those
+    before it as they were.
+
+    Args:
+        directory: of the run's checkpoints.
+        identity: what a checkpoint belongs to (architecture, data), as JSON values by section.
+            Saved with every checkpoint and compared before one is restored.
+        keep: how many of the newest to keep.
+    """
+
+    def __init__(
+        self, directory: Path, identity: dict[str, dict[str, Any]], *, keep: int = 2
+    ) -> None:
+        self.directory, self.identity = directory, identity
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Waits for asynchronous saves; leaving without it ends the process with none on disk.
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data: dict[str, Any]) -> None:
+        """Start saving; returns as soon as the arrays are copied."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(data),
+                identity=ocp.args.JsonSave(self.identity),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Until every save that was started is on disk.
+
+        Raises:
+            OSError: or whatever else kept one from being written.
+        """
+        self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest checkpoint, or None if there is none.
+
+        Args:
+            like: arrays or shapes of the state to restore into.
+
+        Raises:
+            ValueError: the checkpoint belongs to another architecture or other data; names every
+                field that differs. Nothing is changed.
+        """
+        step = self.latest_step
+        if step is None:
+            return None
+        args = ocp.args.Composite(identity=ocp.args.JsonRestore())
+        saved = self._manager.restore(step, args=args)["identity"]
+        check_identity(saved, self.identity, f"the checkpoint {self.directory / str(step)}")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+            ),
+        )
+        return Restored(restored["state"], restored["data"])
+
+
+def check_identity(
+    saved: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]], where: str
+) -> None:
+    """Compare what was saved with what is wanted.
+
+    Raises:
+        ValueError: names every field that differs, with both values.
+    """
+    differences = [
+        f"{section}.{field}: {values.get(field)!r} there, {other.get(field)!r} here"
+        for section in sorted(saved.keys() | wanted.keys())
+        for values, other in [(saved.get(section) or {}, wanted.get(section) or {})]
+        for field in sorted(values.keys() | other.keys())
+        if values.get(field) != other.get(field)
+    ]
+    if differences:
+        raise ValueError(
+            f"{where} is of another configuration; give this run another directory, or the "
+            "configuration that it was made with. What differs:\n  " + "\n  ".join(differences)
+        )
