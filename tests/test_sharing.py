@@ -38,9 +38,7 @@ WRITTEN_OUT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "depth", "owners", "kv_layers"), WRITTEN_OUT
-)
+@pytest.mark.parametrize(("name", "depth", "owners", "kv_layers"), WRITTEN_OUT)
 def test_named_pattern_is_the_map_written_out(name, depth, owners, kv_layers):
     for spelling in (name, name.lower(), name.upper()):
         sharing = KVSharing.from_name(spelling, depth)

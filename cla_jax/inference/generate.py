@@ -26,8 +26,8 @@ def greedy(
         The added tokens.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, or more tokens in all than the
-            model's sequence length.
+        ValueError: an empty prompt, an id outside the vocabulary, a negative `new_tokens`, or more
+            tokens in all than the model's sequence length.
     """
     config = decoder.config
     ids = np.asarray(prompt, np.int32)
@@ -38,6 +38,8 @@ def greedy(
             f"the prompt has token ids from {ids.min()} to {ids.max()}; {config.name} takes 0 to "
             f"{config.vocab_size - 1}"
         )
+    if new_tokens < 0:
+        raise ValueError(f"new_tokens={new_tokens} must be at least 0")
     if ids.size + new_tokens > config.sequence_length:
         raise ValueError(
             f"{ids.size} prompt tokens and {new_tokens} new ones exceed {config.name}'s sequence "

@@ -56,12 +56,18 @@ def stack_layers(
 
 
 def unstack_layer(layers: Layers, sharing: KVSharing, layer: int) -> Any:
-    """The parameters of one layer, by its index in the model, without the stacked axis."""
+    """The parameters of one layer, by its index in the model, without the stacked axis.
+
+    Raises:
+        IndexError: no such layer.
+    """
+    if not 0 <= layer < sharing.num_layers:
+        raise IndexError(f"layer {layer}: expected 0 to {sharing.num_layers - 1}")
     for segment, stacked in zip(sharing.segments, layers, strict=True):
         if layer < segment.stop:
             repeat, position = divmod(layer - segment.start, segment.period)
             return _at(stacked[position], repeat)
-    raise ValueError(f"layer {layer} of a stack of {sharing.num_layers}: expected one below that")
+    raise AssertionError("the segments end before the last layer")
 
 
 def scan_layers[X](

@@ -484,15 +484,15 @@ def _place(at: np.ndarray, sizes: np.ndarray, lines: np.ndarray, bounds: np.ndar
         conflicts = _conflicts(at[i], half[i], centres[i], at[j], half[j], centres[j])
         pairs[i, :, j] += conflicts
         pairs[j, :, i] += conflicts.T
-    near = np.argsort(np.linalg.norm(at[:, None] - at, axis=-1), axis=1)[:, :5]
+    near = np.argsort(np.linalg.norm(at[:, None] - at, axis=-1), axis=1)[:, :3]
     random = np.random.default_rng(0)
     best, least = alone.argmin(1), math.inf
-    for trial in range(1000):
+    for trial in range(500):
         choice = best.copy()
         if trial:  # shake some neighbours loose
             shaken = near[random.integers(n)]
             choice[shaken] = random.integers(count, size=len(shaken))
-        before = None
+        before = np.full(n, -1)
         while not np.array_equal(before, choice):  # each move lowers the total: this ends
             before = choice.copy()
             for i in random.permutation(n):
@@ -521,8 +521,8 @@ def _options(
     share = np.clip(leader @ from_point.T / np.maximum(length, 1e-9)[:, None] ** 2, 0, 1)
     away = np.linalg.norm(share[..., None] * leader[:, None] - from_point, axis=-1)
     touched = ((away < 3.5) & (length > 0)[:, None]).sum(1)  # markers that the leader passes
-    askew = np.abs(centre - at[i])[:, 0] / 40
-    cost = 100 * outside + 200 * markers + 8 * covered + 150 * touched + 1.5 * length + askew
+    far = 1.2 * length + length**2 / 60 + np.abs(centre - at[i])[:, 0] / 40
+    cost = 100 * outside + 200 * markers + 8 * covered + 150 * touched + far
     keep = np.argsort(cost, kind="stable")[:count]
     return centre[keep], cost[keep]
 

@@ -30,7 +30,7 @@ class TrainState:
         opt_state: of the optimizer.
     """
 
-    step: jax.Array
+    step: Any  # an array; JAX and Orbax also rebuild the state with shapes or None as leaves
     params: Params
     opt_state: optax.OptState
 

@@ -131,8 +131,10 @@ def test_gradients_are_the_slopes_of_the_reference_loss():
 
         for only in (None, "key", "value"):
             direction = jax.tree_util.tree_map_with_path(
-                lambda path, a, only=only: random.normal(size=a.shape)
-                * (only is None or only in jax.tree_util.keystr(path)),
+                lambda path, a, only=only: (
+                    random.normal(size=a.shape)
+                    * (only is None or only in jax.tree_util.keystr(path))
+                ),
                 wide,
             )
             predicted = sum(
@@ -148,9 +150,7 @@ DOCUMENTS = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 3], [7, 7, 7, 7, 7, 7, 8, 8, 8]],
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(
-    "architecture", ["llama", pytest.param("neox", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("neox", marks=pytest.mark.slow)])
 def test_document_mask_is_the_references(architecture):
     check(config_of(KVSharing.cla(4, 2), 2, architecture), documents=DOCUMENTS)
 

@@ -39,7 +39,7 @@ def params(toy):
 
 @pytest.fixture(scope="module")
 def tokens():
-    return np.random.default_rng(1).integers(0, 257, (B, T + 1), np.int32)
+    return jnp.asarray(np.random.default_rng(1).integers(0, 257, (B, T + 1), np.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -57,8 +57,8 @@ def naive_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def test_loss_is_the_naive_cross_entropy(toy, params, tokens):
-    logits = jax.jit(lambda p: toy(p)(jnp.asarray(tokens[:, :-1])))(params)
-    expected = naive_losses(logits, tokens[:, 1:])
+    logits = jax.jit(lambda p: toy(p)(tokens[:, :-1]))(params)
+    expected = naive_losses(logits, np.asarray(tokens[:, 1:]))
     assert expected.std() > 0.5
     np.testing.assert_allclose(losses_of(toy, params, tokens), expected, rtol=1e-5, atol=1e-5)
 
@@ -104,7 +104,7 @@ def stepped(toy, params, tokens):
     # Clips all but nothing of the gradient: the metric is of what was before.
     optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, clip_norm=1e-3), steps=10)
     step, results = make_train_step(toy, optimizer), []
-    documents = np.where(np.arange(T + 1) < 7, 0, 1)[None].repeat(B, 0).astype(np.int32)
+    documents = jnp.where(jnp.arange(T + 1) < 7, 0, 1)[None].repeat(B, 0).astype(jnp.int32)
     for batch in ({"tokens": tokens}, {"tokens": tokens, "documents": documents}):
         start = init_state(toy, optimizer, 0)
         state = TrainState(start.step, jax.tree.map(jnp.copy, params), start.opt_state)
