@@ -1,4 +1,4 @@
-"""KV sharing maps against maps written out by hand, and their segments and cuts against brute force."""
+"""Sharing maps against maps written out by hand, segments and cuts against brute force."""
 
 import functools
 import subprocess

@@ -1,6 +1,7 @@
 """A drawing of sharing maps side by side, after CLA Figure 2."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,7 +16,7 @@ __all__ = ["patterns"]
 _UNSHARED = "#0b62a4"
 _GROUPS = ("#c1440e", "#e8912d")  # alternating, so that neighbouring groups stay apart
 _INK, _MUTED = "#222222", "#6b6b6b"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 7.5,

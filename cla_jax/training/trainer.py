@@ -148,6 +148,7 @@ def _result(
     return {
         "model": config.name,
         "parameters": config.parameters,
+        "num_layers": config.num_layers,
         "kv_layers": config.kv_layers,
         "kv_heads": config.kv_heads,
         "head_dim": config.head_dim,

@@ -52,7 +52,7 @@ def test_attend_is_the_loop(heads, kv_heads, documents):
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 def test_zero_padding_the_head_dim_changes_nothing(monkeypatch, documents):
-    """The route of head dims that a fused kernel does not take, on an implementation that runs here."""
+    """The route of head dims that a fused kernel does not take, here on XLA."""
     q, k, v = inputs(head_dim=6)
     documents = None if documents is None else jnp.asarray(documents)
 

@@ -1,5 +1,7 @@
 """Logical axes: on every parameter, and inert or harmless whatever mesh they are resolved on."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from cla_jax.configs import ModelConfig
-from cla_jax.models import Decoder
+from cla_jax.models import Decoder, DecoderLayer
 from cla_jax.models.sharding import constrain, logical_axes, partition_spec
 from cla_jax.sharing import KVSharing
 from tests.models import reference
@@ -102,7 +104,8 @@ def test_sharded_forward_and_gradients_are_the_unsharded(rules, architecture):
         )
         nnx.update(model, jax.device_put(state, shardings))
         if rules is ALL_AXES:
-            kernel = model.layers[0][0].attention.query.kernel[...]
+            stacked = cast(DecoderLayer, model.layers[0][0])
+            kernel = stacked.attention.query.kernel[...]
             assert len({str(s.index) for s in kernel.addressable_shards}) == 4
         found = reference.library_loss_and_gradients(model, tokens)
     reference.assert_close(found, expected, 2e-5)
