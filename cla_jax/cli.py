@@ -99,7 +99,8 @@ class Diagram:
     def _sharing(self, name: str) -> KVSharing:
         if self.layers is None and "=" not in name:
             return model(name).sharing
-        return KVSharing.from_name(name, self.layers or name.count(",") + 1)
+        depth = name.count(",") + 1 if self.layers is None else self.layers
+        return KVSharing.from_name(name, depth)
 
 
 @dataclasses.dataclass(frozen=True)

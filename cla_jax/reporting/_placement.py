@@ -1,6 +1,7 @@
 """Where the names of points go in a plot, so that none covers another."""
 
 import itertools
+import math
 
 import numpy as np
 

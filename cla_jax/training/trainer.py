@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from cla_jax.training.step import (
     Model,
     Params,
     TrainState,
+    check_loss_chunk,
     init_state,
     make_eval_step,
     make_train_step,
 )
 
+_LARGEST_LOSS = 700.0  # nats: whose exponential is still a float
 _PACKAGES = ("cla-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -77,12 +80,14 @@ def train(
 
     Raises:
         ValueError: a tokenizer larger than the model's vocabulary, a stream shorter than one batch,
-            a directory that holds a run (of another configuration, or without `resume`). All of
-            them before anything is written.
-        FloatingPointError: the loss is not finite; checkpoints stay as they are.
+            a `loss_chunk` that does not divide the batch, a directory that holds a run (of another
+            configuration, or without `resume`). All of them before anything is written.
+        FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
+            perplexity; nothing of it is saved, checkpoints stay as they are.
     """
     directory = Path(directory)
     _check_streams(config, training.data, streams)
+    check_loss_chunk(training.execution.loss_chunk, _tokens_per_step(training.data))
     identity = _as_json(
         {
             "model": config.to_dict(),
@@ -115,6 +120,11 @@ def train(
             state = restored.state
             iterator.set_state(restored.data)
         if (directory / "result.json").exists():
+            if restored is None:
+                raise ValueError(
+                    f"{directory} holds a finished run but no checkpoint: put its checkpoints "
+                    "back, or train in another directory"
+                )
             return Trained(directory, model, state.params, _read_json(directory / "result.json"))
         start = int(state.step)
         with (
@@ -206,6 +216,7 @@ class _Loop:
                 self._clock = time.perf_counter()
             if training.checkpoint_every and step % training.checkpoint_every == 0:
                 self._flush()
+                _check_finite(step, metrics)  # this step's may not be logged
                 self.checkpoints.save(state, iterator.get_state())
         self._flush()
         return state
@@ -223,11 +234,7 @@ class _Loop:
         self._record(step, values, rate)
 
     def _record(self, step: int, values: dict[str, float], rate: float) -> None:
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss of step {step} is {values['loss']}; the last checkpoint is untouched. "
-                "A lower learning rate or a longer warm-up is the usual cure"
-            )
+        _check_finite(step, values)
         self.log.write(
             {
                 "step": step,
@@ -256,6 +263,8 @@ class _Loop:
             losses, tokens = self.eval_step(state.params, batch)
             total, count = total + float(losses), count + float(tokens)
         loss, step = total / count, int(state.step)
+        if not loss < _LARGEST_LOSS:
+            raise _diverged("validation loss", step, loss)
         self.log.write(
             {
                 "step": step,
@@ -268,6 +277,21 @@ class _Loop:
         return loss
 
 
+def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
+    # A gradient that is not finite has already spoiled the parameters, though the loss shows it
+    # only a step later.
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(value := float(metrics[name])):
+            raise _diverged(name.replace("_", " "), step, value)
+
+
+def _diverged(name: str, step: int, value: float) -> FloatingPointError:
+    return FloatingPointError(
+        f"the {name} of step {step} is {value}; the last checkpoint is untouched. "
+        "A lower learning rate or a longer warm-up is the usual cure"
+    )
+
+
 def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> None:
     for stream in (streams.train, streams.validation):
         if stream.vocab_size > config.vocab_size:
@@ -277,6 +301,8 @@ def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> N
                 f"{stream.vocab_size}, or a smaller tokenizer"
             )
     _check_length(streams.train, data)
+    if streams.validation.num_tokens < 2:
+        raise ValueError("the validation stream has no token to predict: give it more text")
 
 
 def _check_length(stream: TokenStream, data: DataConfig) -> None:
@@ -297,7 +323,8 @@ def _check_directory(directory: Path, identity: dict[str, Any], resume: bool) ->
     config = directory / "config.json"
     if config.exists():
         saved = _read_json(config)
-        check_identity({k: saved.get(k, {}) for k in identity}, identity, f"the run in {directory}")
+        sections = {k: v for k, v in saved.items() if k in identity and isinstance(v, dict)}
+        check_identity(sections, identity, f"the run in {directory}")
         if not resume:
             raise ValueError(
                 f"{directory} already holds this run: resume it (--resume), or choose another "
@@ -337,7 +364,13 @@ def _as_json(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8"))
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a run's: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a run's: it holds no JSON object")
+    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

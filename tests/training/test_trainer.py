@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +41,7 @@ TRAINING = TrainConfig(
 )
 TEXT = {
     "train": ["the cat sat on the mat. " * 30, "a dog ran to the red cat. " * 30],
-    "validation": ["the dog sat on the red mat. " * 4],
+    "validation": ["the dog sat on the red mat. " * 4 + "woof"],
 }
 
 
@@ -140,7 +142,7 @@ def test_loss_falls(straight):
 
 
 def test_reporting_reads_the_run(straight):
-    run = load_run(straight.directory) if "num_layers" in straight.result else None
+    run = load_run(straight.directory)
     needed = {
         "model", "parameters", "kv_layers", "kv_heads", "head_dim", "kv_bytes_per_token", "steps",
         "tokens", "seconds", "validation_loss", "validation_perplexity", "seed",
@@ -149,8 +151,7 @@ def test_reporting_reads_the_run(straight):
     assert straight.result["parameters"] == sum(x.size for x in jax.tree.leaves(straight.params))
     assert (straight.result["steps"], straight.result["tokens"]) == (12, 12 * 64)
     assert straight.result["seconds"] > 0
-    # A model outside the registry can be reported only if its result says how deep it is.
-    assert run is not None, "result.json lacks num_layers"
+    # Not in the registry: its result alone says how deep it is.
     assert (run.num_layers, run.kv_layers) == (2, 1)
     assert (len(run.training), len(run.validation)) == (12, 4)
 
@@ -274,15 +275,12 @@ def test_resume_of_a_finished_run_only_loads_it(straight, streams, monkeypatch):
     assert contents(straight.directory) == before
 
 
-def test_finished_run_whose_checkpoints_are_gone_is_not_loaded(streams, tmp_path):
+def test_finished_run_whose_checkpoints_are_gone_is_not_loaded(straight, streams, tmp_path):
     """Fresh random parameters must never pass for the trained ones."""
-    import shutil
-
-    training = dataclasses.replace(TRAINING, steps=2)
-    train(CONFIG, training, streams, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ValueError, match="checkpoint"):
-        train(CONFIG, training, streams, tmp_path / "run", resume=True)
+    ignored = shutil.ignore_patterns("checkpoints")
+    shutil.copytree(straight.directory, tmp_path / "run", ignore=ignored)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        train(CONFIG, TRAINING, streams, tmp_path / "run", resume=True)
 
 
 _KILLED = """
@@ -298,8 +296,6 @@ trainer.train(config, training, trainer.Streams.open(data), out)
 @pytest.mark.slow
 def test_resume_after_a_kill_is_exact(streams, tmp_path):
     """SIGKILL, at some moment after a few checkpoints, of another process."""
-    import pickle
-
     training = dataclasses.replace(TRAINING, steps=60, eval_every=10, checkpoint_every=2)
     run = tmp_path / "run"
     job = pickle.dumps((CONFIG, training, str(streams.train.directory.parent), str(run)))
@@ -380,8 +376,6 @@ def test_refuses_other_data(straight, streams, tmp_path):
 
 def test_refuses_a_checkpoint_of_another_configuration(straight, streams, tmp_path):
     """Although the run's own config.json was lost or replaced."""
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(straight.directory, run)
     (run / "result.json").unlink()
@@ -452,26 +446,26 @@ def test_refuses_a_validation_stream_without_a_target(streams, tmp_path):
 
 # --- divergence -----------------------------------------------------------------------------------
 
+NAN = np.float32(math.nan)
 
-class _Fault:
-    """A train step that breaks its state or its gradient at one step."""
 
-    def __init__(self, at: int, *, gradient: bool) -> None:
-        self.at, self.gradient = at, gradient
+def spoiled(at: int):
+    """In place of `make_train_step`: the gradient of one step is not a number."""
 
-    def __call__(self, model, optimizer):
-        step = make_train_step(model, optimizer)
+    def make(model, optimizer):
+        step = compiled(model, optimizer)
 
         def faulty(state, batch):
             new, metrics = step(state, batch)
-            if int(new.step) == self.at:
-                poisoned = jax.tree.map(lambda x: x * jnp.float32(math.nan), new.params)
-                new = dataclasses.replace(new, params=poisoned)
-                if self.gradient:
-                    metrics = {**metrics, "gradient_norm": jnp.float32(math.nan)}
+            if int(new.step) == at:
+                new = dataclasses.replace(new, params=jax.tree.map(lambda x: x * NAN, new.params))
+                metrics = {**metrics, "gradient_norm": NAN}
             return new, metrics
 
         return faulty
+
+    compiled = trainer.make_train_step
+    return make
 
 
 @pytest.mark.parametrize("log_every", [1, 12])
@@ -482,7 +476,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     """However rarely metrics are logged, also when it happens in a step that is saved."""
     training = dataclasses.replace(TRAINING, log_every=log_every, eval_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "make_train_step", _Fault(at, gradient=True))
+        patch.setattr(trainer, "make_train_step", spoiled(at))
         with pytest.raises(FloatingPointError, match="learning rate"):
             train(CONFIG, training, streams, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
@@ -499,10 +493,10 @@ def test_an_absurd_learning_rate_is_a_clear_error(streams, tmp_path):
 
 def test_a_perplexity_beyond_floating_point_is_a_clear_error(straight, streams, tmp_path):
     """A finite loss above 709 nats has no perplexity."""
-    huge = jax.tree.map(lambda x: x * jnp.float32(1e4), straight.params)
-    training = dataclasses.replace(TRAINING, steps=1)
-    optimizer = make_optimizer(training.optimizer, 1)
-    state = dataclasses.replace(init_state(straight.model, optimizer, 0), params=huge)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="validat"):
-        patch.setattr(trainer, "init_state", lambda *a: state)
-        train(CONFIG, training, streams, tmp_path / "run")
+    state = trainer.init_state(straight.model, trainer.make_optimizer(TRAINING.optimizer, 12), 0)
+    params = {**straight.params, "head": straight.params["head"] * jnp.float32(1e6)}
+    state = dataclasses.replace(state, params=jax.tree.map(jnp.copy, params))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "init_state", lambda *_: state)
+        with pytest.raises(FloatingPointError, match=r"validation loss of step 3 is \d{4}"):
+            train(CONFIG, TRAINING, streams, tmp_path / "run")
