@@ -380,7 +380,6 @@ def test_refusals_name_the_value_and_the_nearest_choice(make, words):
         assert word in str(error.value)
 
 
-@pytest.mark.xfail(reason="owners are truncated with int()", strict=True)
 def test_a_fractional_owner_is_refused_not_truncated():
     with pytest.raises((ValueError, TypeError)):
         KVSharing((0, 0.9))  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def test_sharded_forward_and_gradients_are_the_unsharded(rules, architecture):
             kernel = stacked.attention.query.kernel[...]
             assert len({str(s.index) for s in kernel.addressable_shards}) == 4
         found = reference.library_loss_and_gradients(model, tokens)
-    reference.assert_close(found, expected, 2e-5)
+    reference.assert_close(found, expected, 3e-4)
 
 
 def test_a_constraint_lays_activations_out_only_where_a_mesh_and_rules_are():

@@ -271,7 +271,7 @@ def check_execution(sharing, settings_):
         np.testing.assert_array_equal(a, b)
     expected = reference.loss_and_gradients(config, reference.extract(model), tokens)
     found = reference.library_loss_and_gradients(other, tokens)
-    reference.assert_close(found, expected, 3e-5)
+    reference.assert_close(found, expected, 3e-4)
 
 
 @pytest.mark.parametrize(("sharing", "settings_"), EXECUTIONS)

@@ -84,14 +84,14 @@ def test_chunked_loss_is_the_same(toy, params, tokens):
 
 def test_a_loss_chunk_larger_than_the_batch_is_the_whole_batch(toy, params, tokens):
     large = Model(CONFIG, dataclasses.replace(FLOAT32, loss_chunk=1000))
-    np.testing.assert_array_equal(
-        losses_of(large, params, tokens), losses_of(toy, params, tokens)
-    )
+    np.testing.assert_array_equal(losses_of(large, params, tokens), losses_of(toy, params, tokens))
 
 
 def test_loss_chunk_that_does_not_divide(params, tokens):
     chunked = Model(CONFIG, dataclasses.replace(FLOAT32, loss_chunk=24))
-    with pytest.raises(ValueError, match=r"loss_chunk=24 .* 64 tokens; the nearest that does is (16|32)"):
+    with pytest.raises(
+        ValueError, match=r"loss_chunk=24 .* 64 tokens; the nearest that does is (16|32)"
+    ):
         losses_of(chunked, params, tokens)
 
 

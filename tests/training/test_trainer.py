@@ -213,7 +213,7 @@ def tear(log: MetricLog, record: dict) -> None:
     raise KeyboardInterrupt
 
 
-# With 12 steps, validations at 3, 6, 9, 12 and checkpoints at 4, 8, 12; records as they are written:
+# With 12 steps, validations at 3, 6, 9, 12 and checkpoints at 4, 8, 12; what is written, in order:
 # steps 1-3, validation, step 4, [4], 5, 6, validation, 7, 8, [8], 9, validation, 10-12, validation.
 CUTS = {
     "first record": (MetricLog, "write", 1, False),
