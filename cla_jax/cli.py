@@ -97,6 +97,8 @@ class Diagram:
             print(sharing.diagram() + "\n")
 
     def _sharing(self, name: str) -> KVSharing:
+        if self.layers is None and "/" not in name and "=" not in name:
+            raise ValueError(f"{name!r} is a pattern: give its depth too, as in --layers 20")
         if self.layers is None and "=" not in name:
             return model(name).sharing
         depth = name.count(",") + 1 if self.layers is None else self.layers

@@ -43,7 +43,7 @@ class Quickstart:
     seed: int = 0
     """Of parameters and data order."""
     prompt: str | None = None
-    """What the CLA2 model continues. Default: the start of the validation text."""
+    """What the CLA2 model continues. Default: the start of your text's validation part."""
     new_tokens: int = 160
     """How many bytes it adds."""
 
@@ -64,11 +64,11 @@ class Quickstart:
 def main(options: Quickstart) -> None:
     """Run it."""
     began = time.perf_counter()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     training = options.training()
     # TFDS and Grain take seconds to import: not before the options are known to be good.
     from cla_jax.data import ByteTokenizer, corpus_at, prepare_corpus, prepare_streams
-    from cla_jax.inference import greedy
+    from cla_jax.inference import check_prompt, greedy
     from cla_jax.reporting import figures, load_run, tables
     from cla_jax.training import train
 
@@ -84,7 +84,13 @@ def main(options: Quickstart) -> None:
         f"{training.steps} steps of {options.batch_size} x {options.sequence_length} tokens each: "
         f"{passes / streams.train.num_tokens:.2f} passes over {streams.train.num_tokens:,} tokens"
     )
-    directory = options.out / info.fingerprint[:12]
+    prompt = options.prompt
+    if prompt is None and options.text is None:
+        prompt = "class Reader:\n    def __init__(self, "
+    elif prompt is None:
+        prompt = tokenizer.decode(streams.validation.tokens[:PROMPT_BYTES])
+    ids = check_prompt(model(SHARED), tokenizer.encode(prompt), options.new_tokens)
+    directory = options.out / f"{info.fingerprint[:12]}-{options.steps}-steps-seed-{options.seed}"
     trained = {
         name: train(model(name), training, streams, directory / name.replace("/", "-"), resume=True)
         for name in (BASELINE, SHARED)
@@ -105,19 +111,11 @@ def main(options: Quickstart) -> None:
         for path in figures.save(figure, directory / stem):
             console.print(f"wrote {path}")
 
-    prompt = options.prompt
-    if prompt is None:
-        prompt = tokenizer.decode(streams.validation.tokens[:PROMPT_BYTES])
     shared = trained[SHARED]
-    added = greedy(
-        shared.model(shared.params),
-        tokenizer.encode(prompt),
-        options.new_tokens,
-        tokenizer.end_of_text,
-    )
+    added = greedy(shared.model(shared.params), ids, options.new_tokens, tokenizer.end_of_text)
     console.print(f"\n{SHARED} continues, greedily, after {training.steps} steps:")
-    console.print(f"[dim]{prompt}[/dim]", markup=True, end="")
-    console.print(tokenizer.decode(added), markup=False)
+    console.print(prompt, style="dim", end="")
+    console.print(tokenizer.decode(added))
     console.print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 

@@ -225,8 +225,8 @@ CUTS = {
     "last validation": (MetricLog, "write", 16, True),
     "before the last checkpoint": (trainer.Checkpoints, "save", 3, False),
     "after the last checkpoint": (trainer.Checkpoints, "save", 3, True),
-    "before config.json": (trainer, "_write_json", 1, False),
-    "before result.json": (trainer, "_write_json", 2, False),
+    "before config.json": (trainer, "write_json", 1, False),
+    "before result.json": (trainer, "write_json", 2, False),
 }
 
 
@@ -430,7 +430,14 @@ def test_refuses_a_tokenizer_larger_than_the_vocabulary(streams, tmp_path):
 def test_refuses_a_short_stream(streams, tmp_path, length, batch, expected):
     assert streams.train.num_tokens == 1502
     training = dataclasses.replace(TRAINING, data=DataConfig(length, batch))
-    refused(expected, CONFIG, training, streams, tmp_path / "run")
+    config = dataclasses.replace(CONFIG, sequence_length=2_000)
+    refused(expected, config, training, streams, tmp_path / "run")
+
+
+def test_refuses_sequences_longer_than_the_model_takes(streams, tmp_path):
+    training = dataclasses.replace(TRAINING, data=DataConfig(CONFIG.sequence_length + 1, 1))
+    message = refused("sequence_length=", CONFIG, training, streams, tmp_path / "run")
+    assert message.endswith(f"is {CONFIG.sequence_length}")
 
 
 def test_refuses_a_loss_chunk_that_does_not_divide(streams, tmp_path):
