@@ -34,7 +34,7 @@ class Quickstart:
     """A UTF-8 text file, or a folder of .txt files. Default: the Python standard library."""
     out: Path = Path("runs/quickstart")
     """Where runs, figures and prepared text go."""
-    steps: int = 400
+    steps: int = 300
     """Training steps of each model."""
     batch_size: int = 8
     """Sequences per step."""
