@@ -134,6 +134,8 @@ class Train:
 
         corpus = prepare_corpus(corpus_at(self.text), self.data_dir)
         streams = prepare_streams(corpus, ByteTokenizer(), self.data_dir)
+        if self.resume and not (self.out / "config.json").exists():
+            print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
         trained = train(config, self.training, streams, self.out, resume=self.resume)
         print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
 

@@ -34,9 +34,9 @@ class Quickstart:
     """A UTF-8 text file, or a folder of .txt files. Default: the Python standard library."""
     out: Path = Path("runs/quickstart")
     """Where runs, figures and prepared text go."""
-    steps: int = 300
+    steps: int = 500
     """Training steps of each model."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences per step."""
     sequence_length: int = 256
     """Tokens (bytes) per sequence."""
@@ -56,7 +56,7 @@ class Quickstart:
             optimizer=OptimizerConfig(learning_rate=3e-3),
             execution=ExecutionConfig(compute_dtype="float32"),  # bfloat16 is slow on CPUs
             eval_every=max(self.steps // 4, 1),
-            eval_batches=24,
+            eval_batches=48,
             checkpoint_every=max(self.steps // 4, 1),
         )
 
@@ -100,13 +100,15 @@ def main(options: Quickstart) -> None:
     rows = tables.comparison(runs, baseline=runs[0])
     console.print()
     console.print(tables.terminal_table(rows, tables.COLUMNS))
-    (directory / "results.csv").write_text(tables.csv_text(rows, tables.COLUMNS), "utf-8")
     console.print(
         f"CLA2 caches {rows[1].cache_ratio:.2f} of the baseline's bytes at "
         f"{rows[1].perplexity_ratio:.3f} of its perplexity. At this size and budget a difference "
         "of a few percent is noise:\nanother --seed moves it as much. The papers' differences show "
         "at their scale."
     )
+    results = directory / "results.csv"
+    results.write_text(tables.csv_text(rows, tables.COLUMNS), "utf-8")
+    console.print(f"wrote {results}")
     for figure, stem in ((figures.loss_curves(runs), "loss"), (figures.pareto(runs), "pareto")):
         for path in figures.save(figure, directory / stem):
             console.print(f"wrote {path}")

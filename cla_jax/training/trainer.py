@@ -130,8 +130,6 @@ def train(
             progress.say(f"{config.name}: attention {resolved['attention']}")
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
-            elif resume:
-                progress.say(f"{config.name}: no checkpoint in {directory}, starting at step 0")
             loop = _Loop(
                 model, training, streams, checkpoints, log, progress, len(state.step.devices())
             )
