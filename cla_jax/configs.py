@@ -249,6 +249,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer updates.
+        micro_batch_size: sequences per forward and backward pass, whose gradients are summed in
+            float32; divides the batch size. 0: the whole batch at once.
         seed: of the parameters.
         eval_every: steps between validations; the last step always validates. 0: only the last.
         eval_batches: validation batches each time; 0 is the whole validation stream.
@@ -259,6 +261,7 @@ class TrainConfig:
     """
 
     steps: int
+    micro_batch_size: int = 0
     seed: int = 0
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -272,6 +275,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("eval_every", 0), ("eval_batches", 0),
                              ("checkpoint_every", 0), ("keep_checkpoints", 1),
+                             ("micro_batch_size", 0),
                              ("log_every", 1)):  # fmt: skip
             if getattr(self, field) < least:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least {least}")

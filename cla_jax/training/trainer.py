@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.configs import DataConfig, ModelConfig, TrainConfig
-from cla_jax.data.pipeline import batches, evaluation_batches
+from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
 from cla_jax.training.checkpoints import Checkpoints
 from cla_jax.training.hardware import peak_flops
+from cla_jax.training.interruption import Interrupted, StopRequest
+from cla_jax.training.loss import check_loss_chunk
 from cla_jax.training.metrics import MetricLog, TrainingProgress, read_metrics
 from cla_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from cla_jax.training.run_directory import (
@@ -30,7 +31,6 @@ from cla_jax.training.step import (
     Model,
     Params,
     TrainState,
-    check_loss_chunk,
     init_state,
     make_eval_step,
     make_train_step,
@@ -87,7 +87,10 @@ def train(
     """
     directory = Path(directory)
     _check_streams(config, training.data, streams)
-    check_loss_chunk(training.execution.loss_chunk, _tokens_per_step(training.data))
+    micro_batches = _micro_batches(training)
+    check_loss_chunk(
+        training.execution.loss_chunk, _tokens_per_step(training.data) // micro_batches
+    )
     identity = identity_of(config, training, streams)
     check_directory(directory, identity, resume)
 
@@ -134,7 +137,7 @@ def train(
                 model, training, streams, checkpoints, log, progress, len(state.step.devices())
             )
             if start < training.steps:
-                state = loop.run(state, iterator, make_train_step(model, optimizer))
+                state = loop.run(state, iterator, make_train_step(model, optimizer, micro_batches))
             if log.last_step("validation_loss") != training.steps:
                 loop.validate(state)
             if start < training.steps:
@@ -197,64 +200,83 @@ class _Loop:
         self._clock, self._logged = time.perf_counter(), 0
 
     def run(self, state: TrainState, iterator: Any, train_step: Any) -> TrainState:
-        """Steps up to the last."""
+        """Steps up to the last.
+
+        Raises:
+            Interrupted: a signal came; the state was saved.
+        """
         training, step = self.training, int(state.step)
         self._clock, self._logged = time.perf_counter(), step
-        while step < training.steps:
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = train_step(state, next(iterator))
-            step += 1
-            # A step's metrics are read when the next is under way, so that reading never idles the
-            # device.
-            self._flush()
-            if step % training.log_every == 0 or step == training.steps:
+        with StopRequest() as stop:
+            while step < training.steps:
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = train_step(state, next(iterator))
+                step += 1
+                # A step's metrics are read when the next is under way, so that reading never idles
+                # the device.
+                self._flush()
                 self._pending = (step, metrics)
-            if step == training.steps:
-                break
-            if training.eval_every and step % training.eval_every == 0:
-                self._flush()
-                self.validate(state)
-                self._clock = time.perf_counter()
-            if training.checkpoint_every and step % training.checkpoint_every == 0:
-                self._flush()
-                _check_finite(step, metrics)  # this step's may not be logged
-                self.checkpoints.save(state, iterator.get_state())
-        self._flush()
+                if step == training.steps:
+                    break
+                if _every(training.eval_every, step):
+                    self._flush()
+                    self.validate(state)
+                    self._clock = time.perf_counter()
+                if _every(training.checkpoint_every, step) or stop.signal is not None:
+                    self._flush()
+                    self.checkpoints.save(state, iterator.get_state())
+                if stop.signal is not None:
+                    self.checkpoints.wait()
+                    raise Interrupted(stop.signal, step)
+            self._flush()
         return state
 
     def _flush(self) -> None:
-        """Record the metrics that were left for later."""
+        """Check the metrics that were left for later, and record them where that is due."""
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
-        values = {name: float(value) for name, value in metrics.items()}
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise self._diverged(name, step, value)
+        if step % self.training.log_every and step != self.training.steps:
+            return
         now = time.perf_counter()
         rate = (step - self._logged) * self.tokens_per_step / (now - self._clock)
         self._clock, self._logged = now, step
-        self._record(step, values, rate)
-
-    def _record(self, step: int, values: dict[str, float], rate: float) -> None:
-        _check_finite(step, values)
         self.log.write(
             {
                 "step": step,
                 "tokens": step * self.tokens_per_step,
-                "loss": values["loss"],
+                "loss": loss,
                 "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
-                "gradient_norm": values["gradient_norm"],
+                "gradient_norm": norm,
                 "tokens_per_second": rate,
             }
         )
         mfu = rate * self.mfu_per_rate if self.mfu_per_rate else None
-        self.progress.update(step, values["loss"], rate, mfu)
+        self.progress.update(step, loss, rate, mfu)
+
+    def _diverged(self, name: str, step: int, value: float) -> FloatingPointError:
+        rows = batch_rows(self.streams.train, self.training.data, step - 1)
+        saved = self.checkpoints.latest_step
+        return FloatingPointError(
+            f"the {name} of step {step} is {value}; its update was not applied. The batch is "
+            f"rows {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''} of the "
+            f"training stream; the last checkpoint is "
+            f"{'none' if saved is None else f'step {saved}'}. A lower learning rate or a longer "
+            "warm-up is the usual cure"
+        )
 
     def validate(self, state: TrainState) -> float:
         """Mean loss over the validation stream, in nats per token; recorded."""
         data = self.training.data
         total = count = 0.0
         dataset = evaluation_batches(
-            self.streams.validation, data.sequence_length, data.batch_size,
+            self.streams.validation, data.sequence_length,
+            self.training.micro_batch_size or data.batch_size,
             document_ids=data.document_mask,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
@@ -265,7 +287,10 @@ class _Loop:
             total, count = total + float(losses), count + float(tokens)
         loss, step = total / count, int(state.step)
         if not loss < _LARGEST_LOSS:
-            raise _diverged("validation loss", step, loss)
+            raise FloatingPointError(
+                f"the validation loss of step {step} is {loss}: it has no perplexity. A lower "
+                "learning rate or a longer warm-up is the usual cure"
+            )
         self.log.write(
             {
                 "step": step,
@@ -276,21 +301,6 @@ class _Loop:
         )
         self.progress.say(f"step {step}: validation perplexity {math.exp(loss):.3f}")
         return loss
-
-
-def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
-    # A gradient that is not finite has already spoiled the parameters, though the loss shows it
-    # only a step later.
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(value := float(metrics[name])):
-            raise _diverged(name.replace("_", " "), step, value)
-
-
-def _diverged(name: str, step: int, value: float) -> FloatingPointError:
-    return FloatingPointError(
-        f"the {name} of step {step} is {value}; the last checkpoint is untouched. "
-        "A lower learning rate or a longer warm-up is the usual cure"
-    )
 
 
 def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> None:
@@ -327,3 +337,21 @@ def _check_length(stream: TokenStream, data: DataConfig) -> None:
 
 def _tokens_per_step(data: DataConfig) -> int:
     return data.batch_size * data.sequence_length
+
+
+def _every(interval: int, step: int) -> bool:
+    return bool(interval) and step % interval == 0
+
+
+def _micro_batches(training: TrainConfig) -> int:
+    batch, micro = training.data.batch_size, training.micro_batch_size
+    if not micro:
+        return 1
+    if batch % micro:
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - micro))
+        raise ValueError(
+            f"micro_batch_size={micro} does not divide batch_size={batch}; the nearest that does "
+            f"is {nearest}"
+        )
+    return batch // micro
