@@ -194,7 +194,8 @@ class DataConfig:
         sequence_length: tokens per sequence, `T`.
         batch_size: sequences per step over all processes, `B`.
         seed: of the shuffle.
-        packing: `concat`: documents end to end, cut into windows (CLA).
+        packing: `concat`: documents end to end, cut into windows (CLA); `first_fit`: whole
+            documents packed into padded rows, those longer than a row truncated (MLKV section 4.3).
         document_mask: attention stays within a document and positions restart. Off in the papers'
             presets: neither paper mentions it.
     """
@@ -202,7 +203,7 @@ class DataConfig:
     sequence_length: int = 2048
     batch_size: int = 2048
     seed: int = 0
-    packing: Literal["concat"] = "concat"
+    packing: Literal["concat", "first_fit"] = "concat"
     document_mask: bool = False
 
     def __post_init__(self) -> None:

@@ -5,16 +5,23 @@ the batches taken. That number means nothing without the data it counts, so a ch
 `data_fingerprint` and a resume compares it.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from cla_jax.configs import DataConfig
+from cla_jax.data.packing import PackedRows
 from cla_jax.data.token_stream import TokenStream
 
-__all__ = ["EvaluationWindows", "TokenWindows", "batches", "data_fingerprint", "evaluation_batches"]
+__all__ = [
+    "EvaluationWindows",
+    "TokenWindows",
+    "batches",
+    "data_fingerprint",
+    "evaluation_batches",
+    "training_rows",
+]
 
 # Windows are small and made quickly: a few batches ahead hide the page faults.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -111,12 +118,29 @@ class EvaluationWindows:
         return f"EvaluationWindows({self.stream.fingerprint}, {self.sequence_length})"
 
 
-# How documents become rows, by `DataConfig.packing`; each is a random access source of items.
-_PACKINGS: dict[str, Callable[[TokenStream, DataConfig], TokenWindows]] = {
-    "concat": lambda stream, config: TokenWindows(
+class Rows(Protocol):
+    """Random access to the rows that training batches are made of."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, np.ndarray]: ...
+
+
+# How documents become rows, by `DataConfig.packing`.
+_PACKINGS = {"concat": TokenWindows, "first_fit": PackedRows}
+
+
+def training_rows(stream: TokenStream, config: DataConfig) -> Rows:
+    """The rows of an epoch, in the stream's order; `len()` of it is how many there are.
+
+    Raises:
+        ValueError: an unknown packing, a stream shorter than a window (`concat`).
+    """
+    if config.packing not in _PACKINGS:
+        raise ValueError(f"packing={config.packing!r} is unknown; known: {', '.join(_PACKINGS)}")
+    return _PACKINGS[config.packing](
         stream, config.sequence_length, document_ids=config.document_mask
-    ),
-}
+    )
 
 
 def batches(
@@ -124,25 +148,24 @@ def batches(
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """Endless shuffled training batches of one process.
 
-    Windows are shuffled over the whole stream, anew in each epoch, by `config.seed`. Batch k of all
-    processes together is the same set of windows whatever their number.
+    Rows are shuffled over the whole stream, anew in each epoch, by `config.seed`. Batch k of all
+    processes together is the same set of rows whatever their number.
 
     Returns:
-        A dataset of `{"tokens": int32 [B / process_count, T + 1]}`, with `document_mask` also
-        `{"documents": int32 [B / process_count, T + 1]}`. The iterator's `get_state()` is
-        `{"next_index": batches taken}`.
+        A dataset of `{"tokens": int32 [B / process_count, T + 1]}`; with `document_mask` also
+        `{"documents": int32 [B / process_count, T + 1]}`, with `first_fit` packing also
+        `{"mask": float32 [B / process_count, T]}`, 0 where the target is padding. The iterator's
+        `get_state()` is `{"next_index": batches taken}`.
 
     Raises:
         ValueError: a stream shorter than a window, an unknown packing, a negative seed, a batch
             that does not divide over the processes.
     """
-    if config.packing not in _PACKINGS:
-        raise ValueError(f"packing={config.packing!r} is unknown; known: {', '.join(_PACKINGS)}")
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be at least 0")
     local_batch = _local_batch(config.batch_size, process_index, process_count)
-    windows = _PACKINGS[config.packing](stream, config)
-    dataset = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
+    rows = training_rows(stream, config)
+    dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat()
     # Batched as a map, not as an iterator, so that the state counts batches.
     dataset = dataset[process_index::process_count].batch(local_batch, drop_remainder=True)
     return dataset.to_iter_dataset(_READ_OPTIONS)
