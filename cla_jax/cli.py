@@ -213,6 +213,8 @@ class TrainTokenizer:
 
         trained = train_tokenizer(corpus_at(self.corpus, self.text_key), self.vocab_size, self.out)
         print(f"wrote {self.out}: {trained.vocab_size} ids, {trained.end_token} ends a document")
+        if trained.vocab_size < self.vocab_size:
+            print(f"fewer than {self.vocab_size}: this text has no more pairs to merge")
 
 
 def main() -> None:

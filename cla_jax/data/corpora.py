@@ -193,9 +193,13 @@ class TextCorpus:
         """None: a user's file that is not UTF-8 is an error."""
         return ()
 
-    @functools.cached_property
+    @property
     def sources(self) -> Sequence[Source]:
         """The files, by name."""
+        return self._files
+
+    @functools.cached_property
+    def _files(self) -> Sequence[Source]:
         if not self.path.is_dir():
             return (self._source(self.path, self.path.name),)
         names = (p.relative_to(self.path) for p in self.path.rglob("*"))

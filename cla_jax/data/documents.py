@@ -89,7 +89,7 @@ class CorpusInfo:
         builder = tfds.builder_from_directories(found) if found else None
         if builder is None or split not in builder.info.splits:
             return ()
-        return builder.as_data_source(split=split)  # pyright: ignore[reportReturnType]
+        return builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
 
     def texts(self, split: str, part: int | None = None) -> Iterator[str]:
         """A split's documents, in their stored order: part by part, by their keys' hashes."""

@@ -5,7 +5,7 @@ the batches taken. That number means nothing without the data it counts, so a ch
 `data_fingerprint` and a resume compares it.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -118,12 +118,13 @@ class EvaluationWindows:
         return f"EvaluationWindows({self.stream.fingerprint}, {self.sequence_length})"
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Random access to the rows that training batches are made of."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> dict[str, np.ndarray]: ...
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
 # How documents become rows, by `DataConfig.packing`.

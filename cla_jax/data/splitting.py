@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cla_jax.data.corpora import Corpus, describe, documents_of
 from cla_jax.data.records import Document
@@ -21,6 +21,7 @@ MINIMUM_BYTES = 1_000
 EXACT_BYTES, EXACT_DOCUMENTS = 2**28, 2**20
 
 
+@runtime_checkable
 class SplitRule(Protocol):
     """Which split a document belongs to."""
 

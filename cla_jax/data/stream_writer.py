@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class StreamWriter:
         self._ends = self._open(self._work / "ends.bin", self._now.documents, np.dtype("<i8"))
         self._journal = (self._work / "journal.jsonl").open("a", encoding="utf-8")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StreamWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

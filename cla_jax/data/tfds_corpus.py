@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from cla_jax.data.records import Document, Record, Source
 
@@ -52,9 +53,13 @@ class TfdsCorpus:
         """None."""
         return ()
 
-    @functools.cached_property
+    @property
     def sources(self) -> Sequence[Source]:
         """The split, as one source."""
+        return self._opened
+
+    @functools.cached_property
+    def _opened(self) -> Sequence[Source]:
         builder = _builder(self.dataset)
         features = list(builder.info.features or ())
         if self.text_key not in features:
@@ -87,10 +92,10 @@ class _Split:
 
     @property
     def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self._files())
+        return sum(path.stat().length for path in self._files())
 
     def stamp(self) -> str:
-        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self._files()]
+        files = [(p.name, p.stat().length, p.stat().mtime) for p in self._files()]
         return f"{files}, key {self._text_key!r}"
 
     def records(self, start: int = 0) -> Iterator[Record]:
@@ -122,7 +127,7 @@ def _builder(dataset: str) -> Any:
     """The dataset's builder, prepared."""
     try:
         builder = tfds.builder(dataset)
-    except tfds.core.registered.DatasetNotFoundError:
+    except DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         name = re.split(r"[/:]", dataset)[0]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)

@@ -1,7 +1,6 @@
 """Tokenizers: text to token ids and back."""
 
 import difflib
-import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -123,11 +122,8 @@ class JsonTokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.end_token = _end_token(vocabulary, end_of_text, place)
         self.end_of_text = vocabulary[self.end_token]
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the JSON and the end token."""
-        return hashlib.sha256(self.data + f"\nend {self.end_of_text}".encode()).hexdigest()
+        decides = data + f"\nend {self.end_of_text}".encode()
+        self.fingerprint = hashlib.sha256(decides).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 `[T]`."""
@@ -188,7 +184,7 @@ def tokenizer_at(place: str | os.PathLike[str], end_of_text: str | None = None) 
         return ByteTokenizer()
     if isinstance(place, str) and place.startswith("hf:"):
         name = place.removeprefix("hf:")
-        return JsonTokenizer(_from_hub(name), name, end_of_text, place=place)
+        return JsonTokenizer(_from_hub(name), name.partition("@")[0], end_of_text, place=place)
     path = Path(place).expanduser()
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.json")]
