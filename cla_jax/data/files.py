@@ -84,6 +84,9 @@ def locked(directory: Path) -> Iterator[None]:
     except Timeout:
         print(f"waiting for another process that prepares {directory}", file=sys.stderr)
         lock.acquire()
+    except NotImplementedError:
+        print(f"{directory} lies where files cannot be locked: prepare it from one process only",
+              file=sys.stderr)  # fmt: skip
     try:
         yield
     finally:

@@ -131,6 +131,11 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if data.startswith(b"\x28\xb5\x2f\xfd"):
+            raise ValueError(
+                f"{path} is compressed with Zstandard, which is read of JSON lines only, in files "
+                "named .jsonl.zst"
+            ) from None
         utf16 = offset == 0 and data.startswith((b"\xff\xfe", b"\xfe\xff"))
         encoding = "UTF-16" if utf16 else "WINDOWS-1252"
         raise ValueError(

@@ -19,7 +19,7 @@ from cla_jax.data.tokenizers import Tokenizer
 
 __all__ = ["StreamWriter", "write_token_stream"]
 
-BATCH_BYTES = 2**22
+BATCH_BYTES = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ class StreamWriter:
 
 
 def add_in_batches(writer: StreamWriter, texts: Iterable[str]) -> Iterator[int]:
-    """Adds documents in batches of about 4 MiB; yields the text bytes so far after each."""
+    """Adds documents in batches of about 8 MiB; yields the text bytes so far after each."""
     batch, size = list[str](), 0
     for text in texts:
         batch.append(text)

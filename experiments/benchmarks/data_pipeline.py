@@ -3,8 +3,8 @@
     python experiments/benchmarks/data_pipeline.py
     python experiments/benchmarks/data_pipeline.py --text my.jsonl.zst --tokenizer my_bpe.json
 
-Batches are taken as fast as the machine makes them, with nothing to train. Target: 2 M tokens/s from
-two processor cores, several times what one accelerator trains on. Without arguments the text is the
+Batches are taken as fast as the machine makes them, with nothing to train. Target: 2 M tokens/s
+from two processor cores. Without arguments the text is the
 Python standard library, and the tokenizer a byte-level BPE trained on it here. Results of record:
 docs/results.md.
 """
@@ -24,8 +24,8 @@ from cla_jax.configs import DataConfig
 from cla_jax.data import (
     ByteTokenizer,
     Streams,
-    TokenStream,
     Tokenizer,
+    TokenStream,
     batches,
     corpus_at,
     prepare_corpus,

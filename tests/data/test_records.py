@@ -149,3 +149,9 @@ def test_a_text_file_is_one_document(tmp_path):
     (record,) = TextFile(path, "a.txt").records()
     assert record.document == Document("a.txt", "é\r\n\ufeff")
     assert list(TextFile(path, "a.txt").records(record.next)) == []
+
+
+def test_a_compressed_file_of_another_name(tmp_path):
+    (tmp_path / "a.zst").write_bytes(zstandard.compress(lines("text")))
+    with pytest.raises(ValueError, match=r"a\.zst is compressed .* named \.jsonl\.zst"):
+        read(TextFile(tmp_path / "a.zst", "a.zst"))
