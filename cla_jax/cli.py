@@ -67,27 +67,46 @@ class Models:
 class Diagram:
     """Draw which layer owns K/V and which layer reads whose.
 
-    Takes a model's name, or a sharing pattern and a depth: `cla-jax diagram CLA3 --layers 10`.
+    Takes models' names, or a sharing pattern and a depth: `cla-jax diagram CLA3 --layers 10`. With
+    `--figure FILE`, several models are drawn side by side as PNG and SVG:
+    `cla-jax diagram 1B/H128-MQA 1B/H128-MQA-CLA2 --figure patterns`.
     """
 
-    name: Annotated[str, tyro.conf.Positional]
-    """A model (`1B/H128-MQA-CLA2-KeepEnds`) or a pattern (`CLA2`, `MLKV-6`, `owners=0,0,2,2`)."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Models (`1B/H128-MQA-CLA2-KeepEnds`) or a pattern (`CLA2`, `MLKV-6`, `owners=0,0,2,2`)."""
     layers: int | None = None
     """Depth, for a pattern."""
+    figure: Path | None = None
+    """Draw the models as FILE.png and FILE.svg instead of in text."""
 
     def run(self) -> None:
-        """Draw it."""
-        if self.layers is None and "=" not in self.name:
-            sharing = model(self.name).sharing
-        else:
-            depth = self.layers or self.name.count(",") + 1
-            sharing = KVSharing.from_name(self.name, depth)
-        print(sharing.diagram())
-        shared = sharing.num_layers - sharing.kv_layers
-        print(
-            f"\n{sharing.num_layers} layers, {sharing.kv_layers} KV layers, {shared} readers; "
-            f"equal pipeline stages: {', '.join(map(str, sharing.stage_counts))}"
-        )
+        """Draw them."""
+        if not self.names:
+            raise ValueError("name a model or a sharing pattern, such as 1B/H128-MQA-CLA2")
+        if self.figure is not None:
+            from cla_jax.reporting import figures
+            from cla_jax.reporting.patterns import patterns
+
+            drawing = patterns([model(name) for name in self.names])
+            for path in figures.save(drawing, self.figure):
+                print(f"wrote {path}")
+            return
+        for name in self.names:
+            sharing = self._sharing(name)
+            shared = sharing.num_layers - sharing.kv_layers
+            print(
+                f"{name}: {sharing.num_layers} layers, {sharing.kv_layers} KV layers, {shared} "
+                f"readers; equal pipeline stages: {', '.join(map(str, sharing.stage_counts))}"
+            )
+            print(sharing.diagram() + "\n")
+
+    def _sharing(self, name: str) -> KVSharing:
+        if self.layers is None and "/" not in name and "=" not in name:
+            raise ValueError(f"{name!r} is a pattern: give its depth too, as in --layers 20")
+        if self.layers is None and "=" not in name:
+            return model(name).sharing
+        depth = name.count(",") + 1 if self.layers is None else self.layers
+        return KVSharing.from_name(name, depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +138,8 @@ class Train:
 
         corpus = prepare_corpus(corpus_at(self.text), self.data_dir)
         streams = prepare_streams(corpus, ByteTokenizer(), self.data_dir)
+        if self.resume and not (self.out / "config.json").exists():
+            print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
         trained = train(config, self.training, streams, self.out, resume=self.resume)
         print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
 

@@ -1,4 +1,4 @@
-"""Every figure that the papers print about their models, copied here, must come out of the registry."""
+"""Every figure that the papers print about their models, copied here, must come out."""
 
 import dataclasses
 
@@ -65,10 +65,10 @@ PYTHIA_410M_PARAMETERS = 405_334_016  # of the public checkpoint
 
 @pytest.mark.parametrize("row", CLA_TABLE_1, ids=lambda row: row[0])
 def test_cla_table_1(row):
-    name, head_dim, query_heads, kv_heads, kv_layers, kv_bytes = row
+    name, *heads, kv_layers, kv_bytes = row
     config = model(f"1B/{name}")
     assert config.name == f"1B/{name}"
-    assert (config.head_dim, config.query_heads, config.kv_heads) == row[1:4]
+    assert [config.head_dim, config.query_heads, config.kv_heads] == heads
     assert config.kv_layers == kv_layers
     assert config.kv_bytes_per_token == kv_bytes
 

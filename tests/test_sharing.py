@@ -1,4 +1,4 @@
-"""KV sharing maps against maps written out by hand, and their segments and cuts against brute force."""
+"""Sharing maps against maps written out by hand, segments and cuts against brute force."""
 
 import functools
 import subprocess
@@ -38,9 +38,7 @@ WRITTEN_OUT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "depth", "owners", "kv_layers"), WRITTEN_OUT
-)
+@pytest.mark.parametrize(("name", "depth", "owners", "kv_layers"), WRITTEN_OUT)
 def test_named_pattern_is_the_map_written_out(name, depth, owners, kv_layers):
     for spelling in (name, name.lower(), name.upper()):
         sharing = KVSharing.from_name(spelling, depth)
@@ -382,7 +380,6 @@ def test_refusals_name_the_value_and_the_nearest_choice(make, words):
         assert word in str(error.value)
 
 
-@pytest.mark.xfail(reason="owners are truncated with int()", strict=True)
 def test_a_fractional_owner_is_refused_not_truncated():
     with pytest.raises((ValueError, TypeError)):
         KVSharing((0, 0.9))  # type: ignore[arg-type]

@@ -67,8 +67,8 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: ids below `config.vocab_size`.
-            documents: document of each token. When given, attention stays within a document and
-                positions restart at its start.
+            documents: document of each token, an id that does not come back later in its row. When
+                given, attention stays within a document and positions restart at its start.
         """
         return self.unembed(self.hidden(tokens, documents))
 

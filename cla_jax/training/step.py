@@ -30,7 +30,7 @@ class TrainState:
         opt_state: of the optimizer.
     """
 
-    step: jax.Array
+    step: Any  # an array; JAX and Orbax also rebuild the state with shapes or None as leaves
     params: Params
     opt_state: optax.OptState
 
@@ -85,8 +85,7 @@ def token_losses(
     chunk, count = model.execution.loss_chunk, targets.size
     if not chunk or chunk >= count:
         return losses(hidden, targets)
-    if count % chunk:
-        raise ValueError(f"loss_chunk={chunk} does not divide the batch's {count} tokens")
+    check_loss_chunk(chunk, count)
     chunked = jax.lax.map(
         lambda xy: jax.checkpoint(losses)(*xy),
         (hidden.reshape(-1, 1, chunk, hidden.shape[-1]), targets.reshape(-1, 1, chunk)),
@@ -94,10 +93,23 @@ def token_losses(
     return chunked.reshape(targets.shape)
 
 
-def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted update; the state passed in is donated.
+def check_loss_chunk(chunk: int, tokens: int) -> None:
+    """Whether a batch's tokens are a whole number of chunks (or fewer than one).
+
+    Raises:
+        ValueError: names the nearest chunk that divides.
+    """
+    if chunk and chunk < tokens and tokens % chunk:
+        divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - chunk))
+        raise ValueError(
+            f"loss_chunk={chunk} does not divide the batch's {tokens} tokens; the nearest that "
+            f"does is {nearest}"
+        )
+
+
+def make_train_step(model: Model, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
+    """The jitted update `(state, batch) -> (state, metrics)`; the state passed in is donated.
 
     Metrics: `loss`, the mean over the batch's tokens, and `gradient_norm`, before clipping.
     """

@@ -1,16 +1,10 @@
-"""The training loop: one model, one run directory.
-
-A run directory holds `config.json` (resolved configuration, package versions, data fingerprint),
-`metrics.jsonl`, `checkpoints/` and, when finished, `result.json`.
-"""
+"""The training loop: one model, one run directory."""
 
 import dataclasses
-import importlib.metadata
-import json
 import math
 import os
-import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +12,31 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.configs import DataConfig, ModelConfig, TrainConfig
-from cla_jax.data.pipeline import batches, data_fingerprint, evaluation_batches
+from cla_jax.data.pipeline import batches, evaluation_batches
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
-from cla_jax.training.checkpoints import Checkpoints, check_identity
+from cla_jax.training.checkpoints import Checkpoints
 from cla_jax.training.hardware import peak_flops
 from cla_jax.training.metrics import MetricLog, TrainingProgress, read_metrics
 from cla_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from cla_jax.training.run_directory import (
+    check_directory,
+    identity_of,
+    read_json,
+    versions,
+    write_json,
+)
 from cla_jax.training.step import (
     Model,
     Params,
     TrainState,
+    check_loss_chunk,
     init_state,
     make_eval_step,
     make_train_step,
 )
 
-_PACKAGES = ("cla-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+_LARGEST_LOSS = 700.0  # nats: whose exponential is still a float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,28 +78,25 @@ def train(
             it, a directory that already holds a run is refused.
 
     Raises:
-        ValueError: a tokenizer larger than the model's vocabulary, a stream shorter than one batch,
-            a directory that holds a run (of another configuration, or without `resume`). All of
-            them before anything is written.
-        FloatingPointError: the loss is not finite; checkpoints stay as they are.
+        ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
+            the model's, a stream shorter than one batch, a `loss_chunk` that does not divide the
+            batch, a directory that holds a run (of another configuration, or without `resume`). All
+            of them before anything is written.
+        FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
+            perplexity; nothing of it is saved, checkpoints stay as they are.
     """
     directory = Path(directory)
     _check_streams(config, training.data, streams)
-    identity = _as_json(
-        {
-            "model": config.to_dict(),
-            "training": _recipe(training),
-            "data": data_fingerprint(streams.train, training.data, jax.process_count()),
-        }
-    )
-    _check_directory(directory, identity, resume)
+    check_loss_chunk(training.execution.loss_chunk, _tokens_per_step(training.data))
+    identity = identity_of(config, training, streams)
+    check_directory(directory, identity, resume)
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
     resolved = {
         **identity,
         "execution": dataclasses.asdict(training.execution),
         "attention": f"{path.implementation}: {path.reason}",
-        "versions": _versions(),
+        "versions": versions(),
     }
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
@@ -106,16 +105,23 @@ def train(
                             process_index=jax.process_index(),
                             process_count=jax.process_count()))  # fmt: skip
 
+    result_file = directory / "result.json"
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", resolved)
+    if not result_file.exists():
+        write_json(directory / "config.json", resolved)
     with Checkpoints(
         directory / "checkpoints", identity, keep=training.keep_checkpoints
     ) as checkpoints:
         if (restored := checkpoints.restore(state)) is not None:
             state = restored.state
             iterator.set_state(restored.data)
-        if (directory / "result.json").exists():
-            return Trained(directory, model, state.params, _read_json(directory / "result.json"))
+        if result_file.exists():
+            if restored is None:
+                raise ValueError(
+                    f"{directory} holds a finished run but no checkpoint: put its checkpoints "
+                    "back, or train in another directory"
+                )
+            return Trained(directory, model, state.params, read_json(result_file))
         start = int(state.step)
         with (
             MetricLog(directory / "metrics.jsonl", resume_step=start) as log,
@@ -124,14 +130,18 @@ def train(
             progress.say(f"{config.name}: attention {resolved['attention']}")
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
-            loop = _Loop(model, training, streams, checkpoints, log, progress)
+            loop = _Loop(
+                model, training, streams, checkpoints, log, progress, len(state.step.devices())
+            )
             if start < training.steps:
                 state = loop.run(state, iterator, make_train_step(model, optimizer))
+            if log.last_step("validation_loss") != training.steps:
                 loop.validate(state)
+            if start < training.steps:
                 checkpoints.save(state, iterator.get_state())
         checkpoints.wait()
     result = _result(config, training, read_metrics(directory / "metrics.jsonl"))
-    _write_json(directory / "result.json", result)
+    write_json(result_file, result)
     return Trained(directory, model, state.params, result)
 
 
@@ -148,6 +158,7 @@ def _result(
     return {
         "model": config.name,
         "parameters": config.parameters,
+        "num_layers": config.num_layers,
         "kv_layers": config.kv_layers,
         "kv_heads": config.kv_heads,
         "head_dim": config.head_dim,
@@ -172,13 +183,14 @@ class _Loop:
         checkpoints: Checkpoints,
         log: MetricLog,
         progress: TrainingProgress,
+        devices: int,
     ) -> None:
         self.training, self.streams = training, streams
         self.checkpoints, self.log, self.progress = checkpoints, log, progress
         self.eval_step = make_eval_step(model)
         self.schedule = learning_rate_schedule(training.optimizer, training.steps)
         self.tokens_per_step = _tokens_per_step(training.data)
-        peak = peak_flops()
+        peak = peak_flops(devices)
         flops = model.config.flops_per_token(training.data.sequence_length)
         self.mfu_per_rate = flops / peak if peak else None
         self._pending: tuple[int, Any] | None = None
@@ -205,6 +217,7 @@ class _Loop:
                 self._clock = time.perf_counter()
             if training.checkpoint_every and step % training.checkpoint_every == 0:
                 self._flush()
+                _check_finite(step, metrics)  # this step's may not be logged
                 self.checkpoints.save(state, iterator.get_state())
         self._flush()
         return state
@@ -222,11 +235,7 @@ class _Loop:
         self._record(step, values, rate)
 
     def _record(self, step: int, values: dict[str, float], rate: float) -> None:
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss of step {step} is {values['loss']}; the last checkpoint is untouched. "
-                "A lower learning rate or a longer warm-up is the usual cure"
-            )
+        _check_finite(step, values)
         self.log.write(
             {
                 "step": step,
@@ -255,6 +264,8 @@ class _Loop:
             losses, tokens = self.eval_step(state.params, batch)
             total, count = total + float(losses), count + float(tokens)
         loss, step = total / count, int(state.step)
+        if not loss < _LARGEST_LOSS:
+            raise _diverged("validation loss", step, loss)
         self.log.write(
             {
                 "step": step,
@@ -267,6 +278,21 @@ class _Loop:
         return loss
 
 
+def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
+    # A gradient that is not finite has already spoiled the parameters, though the loss shows it
+    # only a step later.
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(value := float(metrics[name])):
+            raise _diverged(name.replace("_", " "), step, value)
+
+
+def _diverged(name: str, step: int, value: float) -> FloatingPointError:
+    return FloatingPointError(
+        f"the {name} of step {step} is {value}; the last checkpoint is untouched. "
+        "A lower learning rate or a longer warm-up is the usual cure"
+    )
+
+
 def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> None:
     for stream in (streams.train, streams.validation):
         if stream.vocab_size > config.vocab_size:
@@ -275,7 +301,14 @@ def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> N
                 f"{config.name}'s vocab_size={config.vocab_size}: use a model with at least "
                 f"{stream.vocab_size}, or a smaller tokenizer"
             )
+    if data.sequence_length > config.sequence_length:
+        raise ValueError(
+            f"sequence_length={data.sequence_length} is longer than {config.name}'s "
+            f"{config.sequence_length}; the longest that it takes is {config.sequence_length}"
+        )
     _check_length(streams.train, data)
+    if streams.validation.num_tokens < 2:
+        raise ValueError("the validation stream has no token to predict: give it more text")
 
 
 def _check_length(stream: TokenStream, data: DataConfig) -> None:
@@ -292,54 +325,5 @@ def _check_length(stream: TokenStream, data: DataConfig) -> None:
         )
 
 
-def _check_directory(directory: Path, identity: dict[str, Any], resume: bool) -> None:
-    config = directory / "config.json"
-    if config.exists():
-        saved = _read_json(config)
-        check_identity({k: saved.get(k, {}) for k in identity}, identity, f"the run in {directory}")
-        if not resume:
-            raise ValueError(
-                f"{directory} already holds this run: resume it (--resume), or choose another "
-                "directory"
-            )
-    elif directory.exists() and any(directory.iterdir()):
-        raise ValueError(
-            f"{directory} is not empty and holds no run; nothing in it was touched: choose another "
-            "directory"
-        )
-
-
-def _recipe(training: TrainConfig) -> dict[str, Any]:
-    """What decides the numbers of a run, apart from architecture and data."""
-    recipe: dict[str, Any] = {"steps": training.steps, "seed": training.seed}
-    recipe |= {f"optimizer.{k}": v for k, v in dataclasses.asdict(training.optimizer).items()}
-    return recipe | {"compute_dtype": training.execution.compute_dtype}
-
-
 def _tokens_per_step(data: DataConfig) -> int:
     return data.batch_size * data.sequence_length
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as they will be read back."""
-    return json.loads(json.dumps(values))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8"))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    replacement = path.with_name(path.name + ".new")
-    replacement.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    os.replace(replacement, path)

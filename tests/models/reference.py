@@ -3,11 +3,11 @@
 Nothing here is shared with the library. It runs in float64, op by op, so it is the truth that the
 library's float32 is measured against. Parameters are plain dicts of arrays:
 
-`{"embedding": [V, D], "head": [D, V], "final_norm": norm, "layers": [layer, ...]}`, where a `norm` is
-`{"scale": [D]}` and perhaps a `"bias"`, and a layer holds `attention_norm`, `ffn_norm`, `query`
-`[D, N, H]`, `out` `[N, H, D]`, `up` `[D, F]`, `down` `[F, D]`, perhaps `gate` `[D, F]`; owners also hold
-`key` and `value` `[D, K, H]` and perhaps a `kv_norm`. Where the architecture has biases there is
-`"query_bias"` and so on.
+`{"embedding": [V, D], "head": [D, V], "final_norm": norm, "layers": [layer, ...]}`, where a `norm`
+is `{"scale": [D]}` and perhaps a `"bias"`, and a layer holds `attention_norm`, `ffn_norm`, `query`
+`[D, N, H]`, `out` `[N, H, D]`, `up` `[D, F]`, `down` `[F, D]`, perhaps `gate` `[D, F]`; owners also
+hold `key` and `value` `[D, K, H]` and perhaps a `kv_norm`. Where the architecture has biases there
+is `"query_bias"` and so on.
 
 Sources: CLA (Brandon et al. 2024) sections 2.2 and 3.1; MLKV (Zuhri et al. 2024) section 3; Llama
 (Touvron et al. 2023); GPT-NeoX-20B (Black et al. 2022), section 2.1; RoFormer (Su et al. 2021).
@@ -134,7 +134,7 @@ def logits(
 
 
 def loss(values: jax.Array, tokens: np.ndarray) -> jax.Array:
-    """Next-token cross-entropy, summed, of logits `[B, T, V]`: the scalar that is differentiated."""
+    """Summed next-token cross-entropy of logits `[B, T, V]`: what is differentiated."""
     targets = np.roll(np.asarray(tokens), -1, axis=1)
     top = jax.lax.stop_gradient(values.max(-1))
     normaliser = jnp.log(jnp.exp(values - top[..., None]).sum(-1)) + top
@@ -202,7 +202,7 @@ def extract(decoder: Decoder) -> Params:
         "final_norm": _norm(decoder.final_norm),
         "layers": layers,
     }
-    if not config.tied_embeddings:
+    if decoder.head is not None:
         params["head"] = decoder.head[...]
     return jax.tree.map(np.asarray, params)
 
@@ -211,9 +211,12 @@ def extract(decoder: Decoder) -> Params:
 
 
 def decoder(
-    config: ModelConfig, execution: ExecutionConfig | None = None, seed: int = 0
+    config: ModelConfig,
+    execution: ExecutionConfig | None = None,
+    seed: int = 0,
+    spread: float = 1.5,
 ) -> Decoder:
-    """A float32 Decoder with large random parameters everywhere.
+    """A float32 Decoder with large random parameters everywhere: deviation `spread / sqrt(D)`.
 
     As initialised, attention is almost uniform, biases are zero and scales one: an error in any of
     them would pass unseen.
@@ -222,12 +225,12 @@ def decoder(
     # Abstractly: to draw the initial values layer by layer only costs compilations.
     abstract = nnx.eval_shape(lambda: Decoder(config, execution, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(seed)
-    spread = 1.5 / np.sqrt(config.d_model)
+    deviation = spread / np.sqrt(config.d_model)
 
     def large(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         assert leaf.dtype == jnp.float32
         centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(centre + spread * random.normal(size=leaf.shape), jnp.float32)
+        return jnp.asarray(centre + deviation * random.normal(size=leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(large, abstract)
 

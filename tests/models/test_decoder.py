@@ -12,8 +12,9 @@ from cla_jax.configs import ModelConfig
 from cla_jax.sharing import KVSharing
 from tests.models import reference
 
-# Float32 against float64: measured at most 3e-6 of the largest entry of each array.
-TOLERANCE = 3e-5
+# Float32 against float64, of each array's largest entry. Measured: logits 2e-6, gradients mostly
+# below 1e-5 and at worst 4.4e-5 (large weights amplify rounding); mutants are off by 0.4 or more.
+LOGITS, GRADIENTS = 2e-5, 3e-4
 
 PATTERNS = {
     "none": KVSharing.none(6),
@@ -44,8 +45,8 @@ def check(config: ModelConfig, seed: int = 0, documents: np.ndarray | None = Non
     tokens = reference.tokens_for(config, seed=seed)
     logits, gradients = reference.library_loss_and_gradients(model, tokens, documents)
     expected = reference.loss_and_gradients(config, reference.extract(model), tokens, documents)
-    reference.assert_close(logits, expected[0], TOLERANCE)
-    reference.assert_close(gradients, expected[1], TOLERANCE)
+    reference.assert_close(logits, expected[0], LOGITS)
+    reference.assert_close(gradients, expected[1], GRADIENTS)
     for layer, owner in zip(gradients["layers"], config.sharing.owners, strict=True):
         assert ("key" in layer) == (layer is gradients["layers"][owner])
         if "key" in layer:
@@ -91,7 +92,7 @@ def test_random_backward_maps(owners, architecture):
 
 @pytest.mark.slow
 @pytest.mark.parity
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(owner_maps(10), st.sampled_from(["llama", "neox"]), st.sampled_from([1, 2, 4]))
 def test_many_random_backward_maps(owners, architecture, kv_heads):
     check(config_of(KVSharing(owners), kv_heads, architecture), seed=len(owners))
@@ -103,9 +104,11 @@ def test_many_random_backward_maps(owners, architecture, kv_heads):
     [
         {"tied_embeddings": True, "rotary_dim": 2},
         {"separate_kv_norm": False, "use_bias": True, "rotary_dim": 0},
-        {"rms_norm": False, "norm_epsilon": 1e-2, "rope_theta": 50.0, "swiglu": False},
+        pytest.param(
+            {"rms_norm": False, "norm_epsilon": 1e-2, "rope_theta": 50.0, "swiglu": False},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=lambda changes: "-".join(changes),
 )
 def test_switches_one_does_not_meet_in_the_presets(changes):
     check(config_of(KVSharing((0, 0, 2, 0)), 2, **changes))
@@ -131,8 +134,10 @@ def test_gradients_are_the_slopes_of_the_reference_loss():
 
         for only in (None, "key", "value"):
             direction = jax.tree_util.tree_map_with_path(
-                lambda path, a, only=only: random.normal(size=a.shape)
-                * (only is None or only in jax.tree_util.keystr(path)),
+                lambda path, a, only=only: (
+                    random.normal(size=a.shape)
+                    * (only is None or only in jax.tree_util.keystr(path))
+                ),
                 wide,
             )
             predicted = sum(
@@ -148,9 +153,7 @@ DOCUMENTS = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 3], [7, 7, 7, 7, 7, 7, 8, 8, 8]],
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(
-    "architecture", ["llama", pytest.param("neox", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("neox", marks=pytest.mark.slow)])
 def test_document_mask_is_the_references(architecture):
     check(config_of(KVSharing.cla(4, 2), 2, architecture), documents=DOCUMENTS)
 
@@ -182,21 +185,11 @@ def test_one_document_a_row_changes_nothing():
 # --- single layers --------------------------------------------------------------------------------
 
 
-def test_a_layer_beyond_the_depth_is_refused():
+@pytest.mark.parametrize("index", [-1, 6])
+def test_a_layer_that_does_not_exist_is_refused(index):
     model = reference.decoder(config_of(KVSharing.keep_ends(6), 1))
-    with pytest.raises(ValueError, match="layer 6"):
-        model.layer(6)
-
-
-@pytest.mark.xfail(reason="a negative index counts within the first segment", strict=True)
-def test_a_negative_layer_is_refused_or_counts_from_the_end():
-    model = reference.decoder(config_of(KVSharing.keep_ends(6), 1))
-    try:
-        layer = model.layer(-1)
-    except ValueError:
-        return
-    expected = np.asarray(model.layer(5).attention.query.kernel[...])
-    np.testing.assert_array_equal(layer.attention.query.kernel[...], expected)
+    with pytest.raises(IndexError, match=rf"layer {index}: expected 0 to 5"):
+        model.layer(index)
 
 
 def test_readers_hold_no_kv_parameters():

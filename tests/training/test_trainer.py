@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +41,7 @@ TRAINING = TrainConfig(
 )
 TEXT = {
     "train": ["the cat sat on the mat. " * 30, "a dog ran to the red cat. " * 30],
-    "validation": ["the dog sat on the red mat. " * 4],
+    "validation": ["the dog sat on the red mat. " * 4 + "woof"],
 }
 
 
@@ -140,7 +142,7 @@ def test_loss_falls(straight):
 
 
 def test_reporting_reads_the_run(straight):
-    run = load_run(straight.directory) if "num_layers" in straight.result else None
+    run = load_run(straight.directory)
     needed = {
         "model", "parameters", "kv_layers", "kv_heads", "head_dim", "kv_bytes_per_token", "steps",
         "tokens", "seconds", "validation_loss", "validation_perplexity", "seed",
@@ -149,8 +151,7 @@ def test_reporting_reads_the_run(straight):
     assert straight.result["parameters"] == sum(x.size for x in jax.tree.leaves(straight.params))
     assert (straight.result["steps"], straight.result["tokens"]) == (12, 12 * 64)
     assert straight.result["seconds"] > 0
-    # A model outside the registry can be reported only if its result says how deep it is.
-    assert run is not None, "result.json lacks num_layers"
+    # Not in the registry: its result alone says how deep it is.
     assert (run.num_layers, run.kv_layers) == (2, 1)
     assert (len(run.training), len(run.validation)) == (12, 4)
 
@@ -212,7 +213,7 @@ def tear(log: MetricLog, record: dict) -> None:
     raise KeyboardInterrupt
 
 
-# With 12 steps, validations at 3, 6, 9, 12 and checkpoints at 4, 8, 12; records as they are written:
+# With 12 steps, validations at 3, 6, 9, 12 and checkpoints at 4, 8, 12; what is written, in order:
 # steps 1-3, validation, step 4, [4], 5, 6, validation, 7, 8, [8], 9, validation, 10-12, validation.
 CUTS = {
     "first record": (MetricLog, "write", 1, False),
@@ -224,8 +225,8 @@ CUTS = {
     "last validation": (MetricLog, "write", 16, True),
     "before the last checkpoint": (trainer.Checkpoints, "save", 3, False),
     "after the last checkpoint": (trainer.Checkpoints, "save", 3, True),
-    "before config.json": (trainer, "_write_json", 1, False),
-    "before result.json": (trainer, "_write_json", 2, False),
+    "before config.json": (trainer, "write_json", 1, False),
+    "before result.json": (trainer, "write_json", 2, False),
 }
 
 
@@ -274,15 +275,12 @@ def test_resume_of_a_finished_run_only_loads_it(straight, streams, monkeypatch):
     assert contents(straight.directory) == before
 
 
-def test_finished_run_whose_checkpoints_are_gone_is_not_loaded(streams, tmp_path):
+def test_finished_run_whose_checkpoints_are_gone_is_not_loaded(straight, streams, tmp_path):
     """Fresh random parameters must never pass for the trained ones."""
-    import shutil
-
-    training = dataclasses.replace(TRAINING, steps=2)
-    train(CONFIG, training, streams, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ValueError, match="checkpoint"):
-        train(CONFIG, training, streams, tmp_path / "run", resume=True)
+    ignored = shutil.ignore_patterns("checkpoints")
+    shutil.copytree(straight.directory, tmp_path / "run", ignore=ignored)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        train(CONFIG, TRAINING, streams, tmp_path / "run", resume=True)
 
 
 _KILLED = """
@@ -298,8 +296,6 @@ trainer.train(config, training, trainer.Streams.open(data), out)
 @pytest.mark.slow
 def test_resume_after_a_kill_is_exact(streams, tmp_path):
     """SIGKILL, at some moment after a few checkpoints, of another process."""
-    import pickle
-
     training = dataclasses.replace(TRAINING, steps=60, eval_every=10, checkpoint_every=2)
     run = tmp_path / "run"
     job = pickle.dumps((CONFIG, training, str(streams.train.directory.parent), str(run)))
@@ -380,8 +376,6 @@ def test_refuses_other_data(straight, streams, tmp_path):
 
 def test_refuses_a_checkpoint_of_another_configuration(straight, streams, tmp_path):
     """Although the run's own config.json was lost or replaced."""
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(straight.directory, run)
     (run / "result.json").unlink()
@@ -414,7 +408,7 @@ def test_refuses_a_foreign_config(streams, tmp_path, text):
     foreign = tmp_path / "model"
     foreign.mkdir()
     (foreign / "config.json").write_text(text)
-    message = refused("", CONFIG, TRAINING, streams, foreign, resume=True)
+    message = refused("config", CONFIG, TRAINING, streams, foreign, resume=True)
     assert str(foreign) in message
 
 
@@ -428,17 +422,22 @@ def test_refuses_a_tokenizer_larger_than_the_vocabulary(streams, tmp_path):
 @pytest.mark.parametrize(
     ("length", "batch", "expected"),
     [
-        (1_000, 4, r"1442 tokens, 1 windows of 1000: fewer than one batch of 4; .* is 1$"),
-        (16, 91, r"90 windows of 16: fewer than one batch of 91; .* is 90$"),
-        (2_000, 1, r"1442 tokens: shorter than one window of sequence_length=2000; .* is 1441$"),
+        (1_000, 4, r"1502 tokens, 1 windows of 1000: fewer than one batch of 4; .* is 1$"),
+        (16, 94, r"93 windows of 16: fewer than one batch of 94; .* is 93$"),
+        (2_000, 1, r"1502 tokens: shorter than one window of sequence_length=2000; .* is 1501$"),
     ],
 )
 def test_refuses_a_short_stream(streams, tmp_path, length, batch, expected):
     assert streams.train.num_tokens == 1502
-    expected = expected.replace("1442", "1502").replace("1441", "1501")
-    expected = expected.replace("90", "93").replace("91", "94")
     training = dataclasses.replace(TRAINING, data=DataConfig(length, batch))
-    refused(expected, CONFIG, training, streams, tmp_path / "run")
+    config = dataclasses.replace(CONFIG, sequence_length=2_000)
+    refused(expected, config, training, streams, tmp_path / "run")
+
+
+def test_refuses_sequences_longer_than_the_model_takes(streams, tmp_path):
+    training = dataclasses.replace(TRAINING, data=DataConfig(CONFIG.sequence_length + 1, 1))
+    message = refused("sequence_length=", CONFIG, training, streams, tmp_path / "run")
+    assert message.endswith(f"is {CONFIG.sequence_length}")
 
 
 def test_refuses_a_loss_chunk_that_does_not_divide(streams, tmp_path):
@@ -454,26 +453,26 @@ def test_refuses_a_validation_stream_without_a_target(streams, tmp_path):
 
 # --- divergence -----------------------------------------------------------------------------------
 
+NAN = np.float32(math.nan)
 
-class _Fault:
-    """A train step that breaks its state or its gradient at one step."""
 
-    def __init__(self, at: int, *, gradient: bool) -> None:
-        self.at, self.gradient = at, gradient
+def spoiled(at: int):
+    """In place of `make_train_step`: the gradient of one step is not a number."""
 
-    def __call__(self, model, optimizer):
-        step = make_train_step(model, optimizer)
+    def make(model, optimizer):
+        step = compiled(model, optimizer)
 
         def faulty(state, batch):
             new, metrics = step(state, batch)
-            if int(new.step) == self.at:
-                poisoned = jax.tree.map(lambda x: x * jnp.float32(math.nan), new.params)
-                new = dataclasses.replace(new, params=poisoned)
-                if self.gradient:
-                    metrics = {**metrics, "gradient_norm": jnp.float32(math.nan)}
+            if int(new.step) == at:
+                new = dataclasses.replace(new, params=jax.tree.map(lambda x: x * NAN, new.params))
+                metrics = {**metrics, "gradient_norm": NAN}
             return new, metrics
 
         return faulty
+
+    compiled = trainer.make_train_step
+    return make
 
 
 @pytest.mark.parametrize("log_every", [1, 12])
@@ -484,7 +483,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     """However rarely metrics are logged, also when it happens in a step that is saved."""
     training = dataclasses.replace(TRAINING, log_every=log_every, eval_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "make_train_step", _Fault(at, gradient=True))
+        patch.setattr(trainer, "make_train_step", spoiled(at))
         with pytest.raises(FloatingPointError, match="learning rate"):
             train(CONFIG, training, streams, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
@@ -501,10 +500,10 @@ def test_an_absurd_learning_rate_is_a_clear_error(streams, tmp_path):
 
 def test_a_perplexity_beyond_floating_point_is_a_clear_error(straight, streams, tmp_path):
     """A finite loss above 709 nats has no perplexity."""
-    huge = jax.tree.map(lambda x: x * jnp.float32(1e4), straight.params)
-    training = dataclasses.replace(TRAINING, steps=1)
-    optimizer = make_optimizer(training.optimizer, 1)
-    state = dataclasses.replace(init_state(straight.model, optimizer, 0), params=huge)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="validat"):
-        patch.setattr(trainer, "init_state", lambda *a: state)
-        train(CONFIG, training, streams, tmp_path / "run")
+    state = trainer.init_state(straight.model, trainer.make_optimizer(TRAINING.optimizer, 12), 0)
+    params = {**straight.params, "head": straight.params["head"] * jnp.float32(1e6)}
+    state = dataclasses.replace(state, params=jax.tree.map(jnp.copy, params))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "init_state", lambda *_: state)
+        with pytest.raises(FloatingPointError, match=r"validation loss of step 3 is \d{4}"):
+            train(CONFIG, TRAINING, streams, tmp_path / "run")

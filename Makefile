@@ -1,0 +1,93 @@
+# `make` says what there is. Everything is installed into .venv, from the hashed locks, when a target
+# first needs it and again only when a lock or pyproject.toml changes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.12 --generate-hashes \
+    --no-emit-index-url --no-annotate --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+
+# pyright's own wheels hold all it needs: neither another node on PATH nor the network.
+export PYRIGHT_PYTHON_GLOBAL_NODE := off
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help quickstart test test-all lint format lock clean-venv
+
+help:
+	@echo "cla-jax: cross-layer key/value sharing in JAX"
+	@echo
+	@echo "  make quickstart             train tiny MQA and MQA-CLA2 side by side, compare and draw (minutes)"
+	@echo "  make quickstart TEXT=PATH   the same on your own UTF-8 text file or folder; OUT=DIR says where to"
+	@echo "  make test                   the fast tests; ARGS='tests/test_sharing.py -k segments' narrows them"
+	@echo "  make test-all               those and the slow ones (CLA_JAX_TEST_GPU=1: on the GPU as well)"
+	@echo "  make lint                   ruff, formatting, types, import arrows"
+	@echo "  make format                 let ruff format and fix what it can"
+	@echo "  make lock                   rewrite the locks from pyproject.toml; UPGRADE=1 takes newer versions"
+	@echo "  make clean-venv             remove .venv (the next target makes it anew)"
+	@echo
+	@echo "Python 3.12, 3.13 or 3.14 is looked for, and fetched if need be; PYTHON=PATH chooses one for a new .venv."
+
+quickstart: $(VENV)/.stamp-run
+	$(BIN)/python experiments/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(if $(OUT),--out "$(OUT)")
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu" $(ARGS)
+
+# No mark left out: everything that `make test` runs, the slow tests, and on a GPU machine those too.
+test-all: $(VENV)/.stamp-dev
+	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The development lock is the run-time lock and more, at the same versions. Needs uv alone, so that a
+# lock that no longer installs can be replaced.
+lock: $(BIN)/uv
+	$(LOCK) pyproject.toml --group build --output-file requirements.lock
+	$(LOCK) pyproject.toml --group build --extra dev --constraint requirements.lock \
+	    --output-file requirements-dev.lock
+
+clean-venv:
+	rm -rf $(VENV)
+
+# An environment made by hand is kept if it will do; else a new one is made, beside a Python that was
+# fetched into it.
+$(VENV)/.stamp-venv:
+	@mkdir -p $(VENV)
+	@if ! { test -z "$(PYTHON)" && .ci/find-python --check $(BIN)/python && \
+	        $(BIN)/python -m pip --version >/dev/null; } 2>/dev/null; then \
+	    python="$$(.ci/find-python)" && \
+	    find $(VENV) -mindepth 1 -maxdepth 1 ! -name bootstrap -exec rm -rf {} + && \
+	    echo "Making $(VENV) with $$python" && \
+	    "$$python" -m venv $(VENV); \
+	fi
+	@touch $@
+
+$(BIN)/uv: | $(VENV)/.stamp-venv
+	$(BIN)/python -m pip install --quiet uv
+
+# The package itself goes in without dependencies and without an isolated build: the lock has both.
+define install
+@echo "Installing $(1) into $(VENV): $(2), once ..."
+@$(BIN)/python -m pip install --quiet --require-hashes --requirement $(1)
+@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+endef
+
+$(VENV)/.stamp-run: $(VENV)/.stamp-venv requirements.lock pyproject.toml
+	$(call install,requirements.lock,about 260 MB to download, 1.0 GB on disk)
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv requirements-dev.lock pyproject.toml
+	$(call install,requirements-dev.lock,about 360 MB to download, 1.4 GB on disk)
+	@touch $(VENV)/.stamp-run $@
