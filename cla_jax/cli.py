@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -187,6 +186,8 @@ class PrepareData:
 
 def _summary(streams: "Streams", sequence_length: int) -> Table:
     """Figures of both splits."""
+    import numpy as np
+
     from cla_jax.data import first_fit
 
     both = (streams.train, streams.validation)
