@@ -4,17 +4,22 @@ import csv
 import dataclasses
 import difflib
 import io
+import itertools
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from cla_jax.configs import ModelConfig, TrainConfig
+from cla_jax.recipes import RECIPES
 from cla_jax.registry import model, model_names
 from cla_jax.sharing import KVSharing
+
+if TYPE_CHECKING:
+    from cla_jax.data import Streams
 
 _MODEL_COLUMNS = (
     "name",
@@ -109,47 +114,177 @@ class Diagram:
 class Train:
     """Train a model on text; the run directory holds its config, metrics, checkpoints and result.
 
-    Example: `cla-jax train tiny/MQA-CLA2 --out runs/mine --text my_text/ --training.steps 500
-    --training.data.sequence-length 256 --training.data.batch-size 8`
+    On your own text as bytes: `cla-jax train tiny/MQA-CLA2 --out runs/mine --text my_text/ --preset
+    tiny`. A paper's whole recipe on prepared data: `cla-jax train 1B/H128-MQA-CLA2 --out runs/1b
+    --data data/slimpajama --preset cla-1b`. SIGTERM and Ctrl-C save first; --resume goes on.
     """
 
     name: Annotated[str, tyro.conf.Positional]
     """The model; `cla-jax models` lists them."""
     out: Path
     """The run's directory."""
-    training: TrainConfig
-    """The recipe; the defaults are the CLA paper's."""
-    text: Path | None = None
-    """A UTF-8 text file, or a folder of .txt files. Default: the Python standard library."""
+    training: TrainConfig = dataclasses.field(default_factory=lambda: _preset(sys.argv))
+    """The recipe, as the preset has it."""
+    preset: Literal["tiny", "cla-1b", "cla-3b", "mlkv"] = "tiny"
+    """Whose recipe: the quickstart's, CLA section 3.1 at 1B or 3B, MLKV section 4.4."""
+    data: Path | None = None
+    """A directory that `cla-jax prepare-data` made."""
+    text: str | None = None
+    """Instead: text as for prepare-data, read as bytes. Default: the Python standard library."""
     data_dir: Path = Path("runs/data")
     """Where prepared text is kept, for the next run."""
     resume: bool = False
     """Go on from the newest checkpoint in `--out`."""
+    force: bool = False
+    """Resume though recipe or data differ from those that the run was begun with."""
 
     def run(self) -> None:
         """Train it."""
         config: ModelConfig = model(self.name)  # before the slow imports: a bad name fails at once
-        from cla_jax.data import ByteTokenizer, corpus_at, prepare_corpus, prepare_streams
+        if self.data is not None and self.text is not None:
+            raise ValueError("--data and --text both name the training text: give one of them")
+        if self.force and not self.resume:
+            raise ValueError("--force is about a run that goes on: give --resume too")
+        from cla_jax import data
         from cla_jax.training import train
 
-        corpus = prepare_corpus(corpus_at(self.text), self.data_dir)
-        streams = prepare_streams(corpus, ByteTokenizer(), self.data_dir)
+        if self.data is not None:
+            streams = data.open_prepared(self.data)
+        else:
+            corpus = data.prepare_corpus(data.corpus_at(self.text), self.data_dir)
+            streams = data.prepare_streams(corpus, data.ByteTokenizer(), self.data_dir)
         if self.resume and not (self.out / "config.json").exists():
             print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
-        trained = train(config, self.training, streams, self.out, resume=self.resume)
+        trained = train(
+            config, self.training, streams, self.out, resume=self.resume, force=self.force
+        )
         print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
 
 
+@dataclasses.dataclass(frozen=True)
+class PrepareData:
+    """Turn text into a prepared directory: documents, token streams, a summary.
+
+    Killed and run again, it goes on where it was. Example: `cla-jax prepare-data slimpajama/
+    --tokenizer hf:EleutherAI/pythia-160m --out data/slimpajama`
+    """
+
+    corpus: Annotated[str, tyro.conf.Positional]
+    """A file, a folder of .txt, .jsonl and .jsonl.zst files, or
+    tfds:NAME[/CONFIG][:VERSION][@SPLIT]."""
+    out: Path
+    """The prepared directory."""
+    tokenizer: str = "bytes"
+    """`bytes`, a `tokenizers` JSON file, or hf:OWNER/NAME[@REVISION] on the Hugging Face hub."""
+    validation: str | None = None
+    """Validation text, named like the corpus. Default: about 5 % of the corpus's documents."""
+    text_key: str = "text"
+    """The key of a JSON record, or feature of a TFDS dataset, that holds the text."""
+    end_of_text: str | None = None
+    """The token that ends a document. Default: <|endoftext|> or </s>."""
+    sequence_length: int = 2048
+    """Tokens per sequence, for the row counts of the summary alone."""
+
+    def run(self) -> None:
+        """Prepare it."""
+        if self.sequence_length < 1:
+            raise ValueError(f"--sequence-length {self.sequence_length} must be at least 1")
+        from cla_jax.data import corpus_at, prepare, tokenizer_at
+
+        tokenizer = tokenizer_at(self.tokenizer, self.end_of_text)
+        corpus = corpus_at(self.corpus, self.text_key)
+        given = corpus_at(self.validation, self.text_key) if self.validation else None
+        info, streams = prepare(corpus, tokenizer, self.out, given)
+        console = Console()
+        console.print(_summary(streams, self.sequence_length))
+        if info.copies_left_out:
+            print(f"{info.copies_left_out:,} training documents left out: copies of validation")
+        print(f"{self.out}: tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids")
+
+
+def _summary(streams: "Streams", sequence_length: int) -> Table:
+    """Figures of both splits."""
+    import numpy as np
+
+    from cla_jax.data import first_fit
+
+    both = (streams.train, streams.validation)
+    packings = [first_fit(np.diff(stream.offsets), sequence_length + 1) for stream in both]
+    table = Table("", "train", "validation", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(name: str, *figures: object) -> None:
+        table.add_row(name, *(f"{figure:,}" for figure in figures))
+
+    add("documents", *(stream.num_documents for stream in both))
+    add("bytes of text", *(stream.text_bytes for stream in both))
+    add("tokens", *(stream.num_tokens for stream in both))
+    table.add_row("bytes per token", *(f"{stream.bytes_per_token:.4f}" for stream in both))
+    add(f"rows of {sequence_length}, concat",
+        *((stream.num_tokens - 1) // sequence_length for stream in both))  # fmt: skip
+    add(f"rows of {sequence_length}, first_fit", *(packing.rows for packing in packings))
+    add("  tokens cut off", *(packing.dropped for packing in packings))
+    table.add_row(
+        "  padding", *(f"{1 - p.tokens / (p.rows * (sequence_length + 1)):.2%}" for p in packings)
+    )
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokenizer:
+    """Train a byte-level BPE tokenizer on text and write it as a `tokenizers` JSON file.
+
+    Example: `cla-jax train-tokenizer my_text/ --vocab-size 4096 --out my_tokenizer.json`
+    """
+
+    corpus: Annotated[str, tyro.conf.Positional]
+    """Text, named as for prepare-data."""
+    vocab_size: int
+    """Ids: the 256 bytes, the end token and merges."""
+    out: Path
+    """The JSON file; it must not exist yet."""
+    text_key: str = "text"
+    """As for prepare-data."""
+
+    def run(self) -> None:
+        """Train it."""
+        from cla_jax.data import corpus_at, train_tokenizer
+
+        trained = train_tokenizer(corpus_at(self.corpus, self.text_key), self.vocab_size, self.out)
+        print(f"wrote {self.out}: {trained.vocab_size} ids, {trained.end_token} ends a document")
+        if trained.vocab_size < self.vocab_size:
+            print(f"fewer than {self.vocab_size}: this text has no more pairs to merge")
+
+
+def _preset(arguments: list[str]) -> TrainConfig:
+    """The recipe that the command line names: the defaults of all `--training.*` options."""
+    given = [b for a, b in itertools.pairwise(arguments) if a == "--preset"]
+    given += [a.removeprefix("--preset=") for a in arguments if a.startswith("--preset=")]
+    return RECIPES.get(given[-1] if given else "tiny", RECIPES["tiny"])
+
+
 def main() -> None:
-    """Entry point of `cla-jax`. Exit codes: 0 done, 1 refused or failed, 2 wrong arguments."""
+    """Entry point of `cla-jax`.
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong arguments, 130 and 143 stopped by Ctrl-C or
+    SIGTERM (a training run has saved first).
+    """
     try:
         command = tyro.extras.subcommand_cli_from_dict(
-            {"models": Models, "diagram": Diagram, "train": Train},
+            {
+                "models": Models,
+                "diagram": Diagram,
+                "prepare-data": PrepareData,
+                "train-tokenizer": TrainTokenizer,
+                "train": Train,
+            },
             prog="cla-jax",
             description="Train and measure transformers whose layers share keys and values.",
         )
         command.run()
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"cla-jax: {error}")
-    except KeyboardInterrupt:
-        sys.exit("cla-jax: interrupted")
+    except KeyboardInterrupt as error:  # a training run's says where it was saved
+        print(f"cla-jax: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 130))

@@ -15,6 +15,7 @@ __all__ = ["DataConfig", "ExecutionConfig", "ModelConfig", "OptimizerConfig", "T
 
 Remat = Literal["none", "full", "dots"]
 ComputeDtype = Literal["bfloat16", "float32"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,8 @@ class DataConfig:
         sequence_length: tokens per sequence, `T`.
         batch_size: sequences per step over all processes, `B`.
         seed: of the shuffle.
-        packing: `concat`: documents end to end, cut into windows (CLA).
+        packing: `concat`: documents end to end, cut into windows (CLA); `first_fit`: whole
+            documents packed into padded rows, those longer than a row truncated (MLKV section 4.3).
         document_mask: attention stays within a document and positions restart. Off in the papers'
             presets: neither paper mentions it.
     """
@@ -206,7 +208,7 @@ class DataConfig:
     sequence_length: int = 2048
     batch_size: int = 2048
     seed: int = 0
-    packing: Literal["concat"] = "concat"
+    packing: Literal["concat", "first_fit"] = "concat"
     document_mask: bool = False
 
     def __post_init__(self) -> None:
@@ -253,11 +255,13 @@ class TrainConfig:
             float32; divides the batch size. 0: the whole batch at once.
         seed: of the parameters.
         eval_every: steps between validations; the last step always validates. 0: only the last.
-        eval_batches: validation batches each time; 0 is the whole validation stream.
+        eval_tokens: validation tokens each time, from the start; 0 is the whole validation stream.
         checkpoint_every: steps between checkpoints; the last step always saves. 0: only the last,
             so an interrupted run starts over.
         keep_checkpoints: how many of the newest to keep.
         log_every: steps between metric records.
+        trackers: where metrics go beside `metrics.jsonl`: `tensorboard` (into the run directory),
+            `wandb` (a project named cla-jax); each needs its own package.
     """
 
     steps: int
@@ -267,13 +271,14 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     execution: ExecutionConfig = ExecutionConfig()
     eval_every: int = 0
-    eval_batches: int = 0
+    eval_tokens: int = 0
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     log_every: int = 1
+    trackers: tuple[Tracker, ...] = ()
 
     def __post_init__(self) -> None:
-        for field, least in (("steps", 1), ("eval_every", 0), ("eval_batches", 0),
+        for field, least in (("steps", 1), ("eval_every", 0), ("eval_tokens", 0),
                              ("checkpoint_every", 0), ("keep_checkpoints", 1),
                              ("micro_batch_size", 0),
                              ("log_every", 1)):  # fmt: skip

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 from cla_jax import model
-from cla_jax.configs import DataConfig, ExecutionConfig, OptimizerConfig, TrainConfig
+from cla_jax.recipes import tiny
 
 BASELINE, SHARED = "tiny/MQA", "tiny/MQA-CLA2"
 PROMPT_BYTES = 64
@@ -30,8 +30,8 @@ PROMPT_BYTES = 64
 class Quickstart:
     """Train an MQA baseline and its CLA2 twin on text; print and draw memory against perplexity."""
 
-    text: Path | None = None
-    """A UTF-8 text file, or a folder of .txt files. Default: the Python standard library."""
+    text: str | None = None
+    """A UTF-8 text file, or a folder of them. Default: the Python standard library."""
     out: Path = Path("runs/quickstart")
     """Where runs, figures and prepared text go."""
     steps: int = 500
@@ -47,25 +47,12 @@ class Quickstart:
     new_tokens: int = 160
     """How many bytes it adds."""
 
-    def training(self) -> TrainConfig:
-        """The recipe of both runs: the CLA paper's optimizer, at a learning rate for this size."""
-        return TrainConfig(
-            steps=self.steps,
-            seed=self.seed,
-            data=DataConfig(self.sequence_length, self.batch_size, seed=self.seed),
-            optimizer=OptimizerConfig(learning_rate=3e-3),
-            execution=ExecutionConfig(compute_dtype="float32"),  # bfloat16 is slow on CPUs
-            eval_every=max(self.steps // 4, 1),
-            eval_batches=48,
-            checkpoint_every=max(self.steps // 4, 1),
-        )
-
 
 def main(options: Quickstart) -> None:
     """Run it."""
     began = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    training = options.training()
+    training = tiny(options.steps, options.batch_size, options.sequence_length, options.seed)
     # TFDS and Grain take seconds to import: not before the options are known to be good.
     from cla_jax.data import ByteTokenizer, corpus_at, prepare_corpus, prepare_streams
     from cla_jax.inference import check_prompt, greedy
@@ -79,10 +66,11 @@ def main(options: Quickstart) -> None:
         f"{info.name}: {info.num_documents:,} documents, {info.num_bytes:,} bytes, "
         f"{len(info.skipped_files)} files skipped (not UTF-8), fingerprint {info.fingerprint[:12]}"
     )
-    passes = training.steps * options.batch_size * options.sequence_length
+    rows, length = options.batch_size, options.sequence_length
+    passes = options.steps * rows * length / streams.train.num_tokens
     console.print(
-        f"{training.steps} steps of {options.batch_size} x {options.sequence_length} tokens each: "
-        f"{passes / streams.train.num_tokens:.2f} passes over {streams.train.num_tokens:,} tokens"
+        f"{options.steps} steps of {rows} x {length} tokens each: {passes:.2f} passes over "
+        f"{streams.train.num_tokens:,} tokens"
     )
     prompt = options.prompt
     if prompt is None and options.text is None:
@@ -126,5 +114,6 @@ if __name__ == "__main__":
         main(tyro.cli(Quickstart, description=__doc__))
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"quickstart: {error}")
-    except KeyboardInterrupt:
-        sys.exit("quickstart: interrupted; the same command goes on from the last checkpoint")
+    except KeyboardInterrupt as error:
+        print("quickstart: interrupted; the same command goes on from there", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 130))

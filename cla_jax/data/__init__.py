@@ -1,18 +1,29 @@
 """The data room: corpora -> prepared token streams -> batches.
 
-corpus = prepare_corpus(EmbeddedCorpus(), "data")
-streams = prepare_streams(corpus, ByteTokenizer(), "data")
+info, streams = prepare(corpus_at("my_text/"), tokenizer_at("bytes"), "data/mine")
+streams = open_prepared("data/mine")  # from then on
 iterator = iter(batches(streams.train, DataConfig(sequence_length=256, batch_size=16)))
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cla_jax.data.corpora import Corpus, Document, EmbeddedCorpus, TextCorpus, corpus_at
-from cla_jax.data.token_stream import Streams, TokenStream, write_token_stream
-from cla_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from cla_jax.data.corpora import Corpus, EmbeddedCorpus, TextCorpus, corpus_at
+from cla_jax.data.packing import PackedRows, Packing, first_fit
+from cla_jax.data.prepared import open_prepared, open_tokenizer
+from cla_jax.data.records import Document, Record, Source
+from cla_jax.data.stream_writer import write_token_stream
+from cla_jax.data.token_stream import Streams, TokenStream
+from cla_jax.data.tokenizers import (
+    ByteTokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    tokenizer_at,
+    train_tokenizer,
+)
 
 if TYPE_CHECKING:
+    from cla_jax.data.documents import CorpusInfo
     from cla_jax.data.pipeline import (
         EvaluationWindows,
         TokenWindows,
@@ -20,18 +31,26 @@ if TYPE_CHECKING:
         batches,
         data_fingerprint,
         evaluation_batches,
+        training_rows,
     )
-    from cla_jax.data.preparation import CorpusInfo, prepare_corpus, prepare_streams
+    from cla_jax.data.preparation import prepare, prepare_corpus, prepare_streams
+    from cla_jax.data.tfds_corpus import TfdsCorpus
 
-_PIPELINE = (
-    "batch_rows",
-    "EvaluationWindows",
-    "TokenWindows",
-    "batches",
-    "data_fingerprint",
-    "evaluation_batches",
-)
-_PREPARATION = ("CorpusInfo", "prepare_corpus", "prepare_streams")
+# TFDS and Grain take seconds to import, and a run on prepared tokens needs no TFDS at all.
+_LAZY = {
+    "cla_jax.data.documents": ("CorpusInfo",),
+    "cla_jax.data.pipeline": (
+        "EvaluationWindows",
+        "TokenWindows",
+        "batch_rows",
+        "batches",
+        "data_fingerprint",
+        "evaluation_batches",
+        "training_rows",
+    ),
+    "cla_jax.data.preparation": ("prepare", "prepare_corpus", "prepare_streams"),
+    "cla_jax.data.tfds_corpus": ("TfdsCorpus",),
+}
 
 __all__ = [
     "ByteTokenizer",
@@ -40,8 +59,14 @@ __all__ = [
     "Document",
     "EmbeddedCorpus",
     "EvaluationWindows",
+    "JsonTokenizer",
+    "PackedRows",
+    "Packing",
+    "Record",
+    "Source",
     "Streams",
     "TextCorpus",
+    "TfdsCorpus",
     "TokenStream",
     "TokenWindows",
     "Tokenizer",
@@ -50,16 +75,21 @@ __all__ = [
     "corpus_at",
     "data_fingerprint",
     "evaluation_batches",
+    "first_fit",
+    "open_prepared",
+    "open_tokenizer",
+    "prepare",
     "prepare_corpus",
     "prepare_streams",
+    "tokenizer_at",
+    "train_tokenizer",
+    "training_rows",
     "write_token_stream",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # TFDS and Grain take seconds to import, and a run on prepared tokens needs no TFDS at all.
-    if name in _PIPELINE:
-        return getattr(importlib.import_module("cla_jax.data.pipeline"), name)
-    if name in _PREPARATION:
-        return getattr(importlib.import_module("cla_jax.data.preparation"), name)
+    for module, names in _LAZY.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'cla_jax.data' has no attribute {name!r}")

@@ -1,7 +1,8 @@
 """Corpora: where documents come from.
 
-A corpus yields documents; everything after that (`cla_jax.data.preparation`) is the same for all. A
-new kind of corpus is a new class with `documents()`.
+A corpus is a list of sources, each of which is read from front to back; everything after that
+(`cla_jax.data.preparation`) is the same for all. A new kind of corpus is a new class with
+`sources`.
 """
 
 import dataclasses
@@ -9,26 +10,18 @@ import difflib
 import functools
 import hashlib
 import os
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-__all__ = [
-    "Corpus",
-    "Document",
-    "EmbeddedCorpus",
-    "TextCorpus",
-]
+from cla_jax.data.records import Document, JsonLinesFile, Record, Source, TextFile
 
+__all__ = ["Corpus", "EmbeddedCorpus", "TextCorpus", "corpus_at", "describe"]
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Document:
-    """One text, with a key that is unique in its corpus (a file's relative name)."""
-
-    key: str
-    text: str
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
 
 
 @runtime_checkable
@@ -41,12 +34,13 @@ class Corpus(Protocol):
         ...
 
     @property
-    def skipped_files(self) -> Sequence[str]:
-        """Files that should have been documents but could not be read as UTF-8."""
+    def sources(self) -> Sequence[Source]:
+        """Where the documents are, in a fixed order."""
         ...
 
-    def documents(self) -> Iterator[Document]:
-        """Every document, in a fixed order."""
+    @property
+    def skipped_files(self) -> Sequence[str]:
+        """Files that should have been documents but could not be read as UTF-8."""
         ...
 
 
@@ -70,28 +64,55 @@ class EmbeddedCorpus:
         return "python-stdlib"
 
     @property
+    def sources(self) -> Sequence[Source]:
+        """The library, as one source."""
+        return (_StandardLibrary(self.max_bytes),)
+
+    @property
     def skipped_files(self) -> Sequence[str]:
         """Relative names of the sources that are not UTF-8."""
-        return self._selection[1]
+        return _StandardLibrary(self.max_bytes).selection[1]
 
-    def documents(self) -> Iterator[Document]:
-        """The chosen files, by name."""
-        for key in self._selection[0]:
-            yield Document(key, _read_utf8(_standard_library() / key))
+
+@dataclasses.dataclass(frozen=True)
+class _StandardLibrary:
+    """The chosen files of the standard library, by name."""
+
+    max_bytes: int
+    name: str = "python-stdlib"
+
+    @property
+    def num_bytes(self) -> int:
+        return min(self.max_bytes, sum(path.stat().st_size for path in _library_files()))
+
+    def stamp(self) -> str:
+        digest = hashlib.sha256()
+        for path in _library_files():
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return f"Python {sys.version_info[:3]}, {digest.hexdigest()}, {self.max_bytes} bytes"
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        root, read = _standard_library(), 0
+        for index, key in enumerate(self.selection[0]):
+            record = next(TextFile(root / key, key).records(), None)
+            if record is not None:
+                read += record.read
+                if index >= start:
+                    yield Record(record.document, index + 1, read)
 
     @functools.cached_property
-    def _selection(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def selection(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The chosen files' names, and those of the files that are not UTF-8."""
         root = _standard_library()
         sizes, skipped = dict[str, int](), list[str]()
-        for path in sorted(root.rglob("*.py")):
-            if _is_library_source(path.relative_to(root)):
-                data = path.read_bytes()
-                key = path.relative_to(root).as_posix()
-                if _is_utf8(data):
-                    sizes[key] = len(data)
-                else:
-                    skipped.append(key)
+        for path in _library_files():
+            data = path.read_bytes()
+            key = path.relative_to(root).as_posix()
+            if _is_utf8(data):
+                sizes[key] = len(data)
+            else:
+                skipped.append(key)
         if not sizes:
             raise ValueError(
                 f"this Python has no standard library sources in {root}; use TextCorpus with a "
@@ -107,6 +128,11 @@ class EmbeddedCorpus:
 
 def _standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _library_files() -> list[Path]:
+    root = _standard_library()
+    return [p for p in sorted(root.rglob("*.py")) if _is_library_source(p.relative_to(root))]
 
 
 def _is_library_source(relative: Path) -> bool:
@@ -125,27 +151,36 @@ def _is_utf8(data: bytes) -> bool:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class TextCorpus:
-    """The user's own text: one UTF-8 file of any suffix, or every `*.txt` below a folder.
+    """The user's own text: one file, or every `.txt`, `.jsonl` and `.jsonl.zst` below a folder.
 
-    Each file is a document. Hidden files and folders (`.name`) are left out.
+    A text file is a document (above 16 MiB, many; see `TextFile`), and so is each record of JSON
+    lines. A file that is named itself may have any suffix; all but `.jsonl` and `.jsonl.zst` are
+    read as text. Hidden files and folders (`.name`) are left out.
+
+    Args:
+        path: the file or folder.
+        text_key: the key of a JSON record that holds its text.
 
     Raises:
-        ValueError: no such path (with the nearest that exists), a folder without `.txt` files; from
-            `documents()`, a file that is not UTF-8 (with the offset, and how to convert it).
+        ValueError: no such path (with the nearest that exists), a folder without such files; while
+            it is read, what `TextFile` and `JsonLinesFile` raise.
     """
 
     path: Path
+    text_key: str
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], text_key: str = "text") -> None:
         object.__setattr__(self, "path", Path(path).expanduser())
+        object.__setattr__(self, "text_key", text_key)
         if not self.path.exists():
             raise ValueError(_missing(self.path))
-        if not self._files:
+        if not self.sources:
             others = Counter(p.suffix or "(none)" for p in self.path.rglob("*") if p.is_file())
             found = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(3)) or "no files"
             raise ValueError(
-                f"no .txt files in {self.path} (found: {found}); a folder's *.txt are read, and a "
-                "single file of any suffix when it is named itself"
+                f"no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} files in {self.path} (found: "
+                f"{found}); a single file of any other suffix is read as text when it is named "
+                "itself"
             )
 
     @property
@@ -158,26 +193,30 @@ class TextCorpus:
         """None: a user's file that is not UTF-8 is an error."""
         return ()
 
-    def documents(self) -> Iterator[Document]:
+    @property
+    def sources(self) -> Sequence[Source]:
         """The files, by name."""
-        for path in self._files:
-            # A file name need not be UTF-8, a key must be.
-            name = path.name if path == self.path else path.relative_to(self.path).as_posix()
-            key = name.encode("utf-8", "backslashreplace").decode()
-            yield Document(key, _read_utf8(path))
+        return self._files
 
     @functools.cached_property
-    def _files(self) -> list[Path]:
+    def _files(self) -> Sequence[Source]:
         if not self.path.is_dir():
-            return [self.path]
+            return (self._source(self.path, self.path.name),)
         names = (p.relative_to(self.path) for p in self.path.rglob("*"))
-        return [
-            self.path / name
+        return tuple(
+            self._source(self.path / name, name.as_posix())
             for name in sorted(names)
-            if name.suffix.lower() == ".txt"
+            if name.name.lower().endswith(SUFFIXES)
             and not any(part.startswith(".") for part in name.parts)
             and (self.path / name).is_file()
-        ]
+        )
+
+    def _source(self, path: Path, name: str) -> Source:
+        # A file name need not be UTF-8, a key must be.
+        name = name.encode("utf-8", "backslashreplace").decode()
+        if name.lower().endswith(SUFFIXES[1:]):
+            return JsonLinesFile(path, name, self.text_key)
+        return TextFile(path, name)
 
 
 def _missing(path: Path) -> str:
@@ -191,25 +230,35 @@ def _missing(path: Path) -> str:
     return f"no such text file or folder: {path}{hint}"
 
 
-def _read_utf8(path: Path) -> str:
-    """A file's text with its line endings as they are, without a byte order mark."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        encoding = "UTF-16" if utf16 else "WINDOWS-1252"
-        raise ValueError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
-            f"({error.reason}). Convert it, for example (if it is {encoding}) with "
-            f"`iconv -f {encoding} -t UTF-8 '{path}' > '{path.stem}-utf8{path.suffix}'`"
-        ) from None
+def corpus_at(place: str | os.PathLike[str] | None, text_key: str = "text") -> Corpus:
+    """The user's text, a TFDS dataset, or without a place the embedded corpus.
 
-
-def corpus_at(path: str | os.PathLike[str] | None) -> Corpus:
-    """The user's text, or without a path the embedded corpus.
+    Args:
+        place: a file or folder, or `tfds:NAME[/CONFIG][:VERSION][@SPLIT]`.
+        text_key: the key of a JSON record, or the feature of a dataset, that holds the text.
 
     Raises:
-        ValueError: as `TextCorpus`.
+        ValueError: as `TextCorpus` or `TfdsCorpus`.
     """
-    return EmbeddedCorpus() if path is None else TextCorpus(path)
+    if place is None:
+        return EmbeddedCorpus()
+    if isinstance(place, str) and place.startswith("tfds:"):
+        from cla_jax.data.tfds_corpus import TfdsCorpus  # TFDS takes seconds to import
+
+        return TfdsCorpus(place.removeprefix("tfds:"), text_key)
+    return TextCorpus(place, text_key)
+
+
+def describe(corpus: Corpus) -> str:
+    """A corpus in an error message: the user's path where there is one."""
+    return str(corpus.path) if isinstance(corpus, TextCorpus) else f"corpus {corpus.name!r}"
+
+
+def documents_of(corpus: Corpus) -> Iterator[Document]:
+    """A corpus's documents, without those that hold only whitespace."""
+    return (
+        record.document
+        for source in corpus.sources
+        for record in source.records()
+        if record.document.text.strip()
+    )

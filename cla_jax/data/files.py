@@ -1,14 +1,26 @@
-"""Directories that appear complete or not at all, and progress over long work."""
+"""Files and directories that appear complete or not at all, locks, and progress over long work."""
 
 import contextlib
+import json
 import os
 import shutil
+import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import track
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 @contextlib.contextmanager
@@ -22,21 +34,82 @@ def staged_directory(final: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        for path in staging.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        try:
-            staging.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
+        publish(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def progress[T](items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """A bar on standard error while items are consumed; nothing when that is not a terminal."""
+def publish(staging: Path, final: Path) -> None:
+    """Renames a directory to its final name, all of it on disk first.
+
+    If another process made `final` meanwhile, theirs is kept and ours removed.
+    """
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    try:
+        staging.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file of JSON in one rename; what stood there before stays if that fails."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file in one rename; what stood there before stays if that fails."""
+    staging = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        with staging.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One process at a time in the block, for a directory; a killed process's lock is free."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory.parent / f".{directory.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that prepares {directory}", file=sys.stderr)
+        lock.acquire()
+    except NotImplementedError:
+        print(f"{directory} lies where files cannot be locked: prepare it from one process only",
+              file=sys.stderr)  # fmt: skip
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def byte_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error for work of `total` bytes; nothing when that is not a terminal.
+
+    Yields the function that is told the bytes done so far.
+    """
     console = Console(stderr=True)
-    disable = not console.is_terminal
-    yield from track(items, description, total, console=console, transient=True, disable=disable)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)

@@ -5,13 +5,13 @@ the batches taken. That number means nothing without the data it counts, so a ch
 `data_fingerprint` and a resume compares it.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import grain
 import numpy as np
 
 from cla_jax.configs import DataConfig
+from cla_jax.data.packing import PackedRows
 from cla_jax.data.token_stream import TokenStream
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "batches",
     "data_fingerprint",
     "evaluation_batches",
+    "training_rows",
 ]
 
 # Windows are small and made quickly: a few batches ahead hide the page faults.
@@ -78,7 +79,7 @@ class EvaluationWindows:
     Item i is `{"tokens": int32 [T + 1], "mask": float32 [T]}`; `mask` is 1 where the target
     `tokens[1:][t]` counts and 0 in padding: the end of the last window, and whole rows that make
     the number of windows a multiple of `multiple_of`. With `document_ids`, `documents` as in
-    `TokenWindows`, -1 in padding.
+    `TokenWindows`, -1 in padding. `limit` keeps the first so many targets; 0 keeps all.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class EvaluationWindows:
         *,
         multiple_of: int = 1,
         document_ids: bool = False,
+        limit: int = 0,
     ) -> None:
         _check_positive("sequence_length", sequence_length)
         if stream.num_tokens < 2:
@@ -95,7 +97,8 @@ class EvaluationWindows:
         self.stream = stream
         self.sequence_length = sequence_length
         self.document_ids = document_ids
-        windows = -(-(stream.num_tokens - 1) // sequence_length)
+        self._tokens = min(stream.num_tokens, limit + 1) if limit else stream.num_tokens
+        windows = -(-(self._tokens - 1) // sequence_length)
         self._length = -(-windows // multiple_of) * multiple_of
 
     def __len__(self) -> int:
@@ -103,8 +106,8 @@ class EvaluationWindows:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         T = self.sequence_length
-        start = min(int(index) * T, self.stream.num_tokens)
-        stop = min(start + T + 1, self.stream.num_tokens)
+        start = min(int(index) * T, self._tokens)
+        stop = min(start + T + 1, self._tokens)
         tokens = np.full(T + 1, self.stream.end_of_text, np.int32)
         tokens[: stop - start] = self.stream.tokens[start:stop]
         mask = (np.arange(1, T + 1) < stop - start).astype(np.float32)
@@ -118,12 +121,30 @@ class EvaluationWindows:
         return f"EvaluationWindows({self.stream.fingerprint}, {self.sequence_length})"
 
 
-# How documents become rows, by `DataConfig.packing`; each is a random access source of items.
-_PACKINGS: dict[str, Callable[[TokenStream, DataConfig], TokenWindows]] = {
-    "concat": lambda stream, config: TokenWindows(
+@runtime_checkable
+class Rows(Protocol):
+    """Random access to the rows that training batches are made of."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+
+# How documents become rows, by `DataConfig.packing`.
+_PACKINGS = {"concat": TokenWindows, "first_fit": PackedRows}
+
+
+def training_rows(stream: TokenStream, config: DataConfig) -> Rows:
+    """The rows of an epoch, in the stream's order; `len()` of it is how many there are.
+
+    Raises:
+        ValueError: an unknown packing, a stream shorter than a window (`concat`).
+    """
+    if config.packing not in _PACKINGS:
+        raise ValueError(f"packing={config.packing!r} is unknown; known: {', '.join(_PACKINGS)}")
+    return _PACKINGS[config.packing](
         stream, config.sequence_length, document_ids=config.document_mask
-    ),
-}
+    )
 
 
 def batches(
@@ -131,25 +152,24 @@ def batches(
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """Endless shuffled training batches of one process.
 
-    Windows are shuffled over the whole stream, anew in each epoch, by `config.seed`. Batch k of all
-    processes together is the same set of windows whatever their number.
+    Rows are shuffled over the whole stream, anew in each epoch, by `config.seed`. Batch k of all
+    processes together is the same set of rows whatever their number.
 
     Returns:
-        A dataset of `{"tokens": int32 [B / process_count, T + 1]}`, with `document_mask` also
-        `{"documents": int32 [B / process_count, T + 1]}`. The iterator's `get_state()` is
-        `{"next_index": batches taken}`.
+        A dataset of `{"tokens": int32 [B / process_count, T + 1]}`; with `document_mask` also
+        `{"documents": int32 [B / process_count, T + 1]}`, with `first_fit` packing also
+        `{"mask": float32 [B / process_count, T]}`, 0 where the target is padding. The iterator's
+        `get_state()` is `{"next_index": batches taken}`.
 
     Raises:
         ValueError: a stream shorter than a window, an unknown packing, a negative seed, a batch
             that does not divide over the processes.
     """
-    if config.packing not in _PACKINGS:
-        raise ValueError(f"packing={config.packing!r} is unknown; known: {', '.join(_PACKINGS)}")
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be at least 0")
     local_batch = _local_batch(config.batch_size, process_index, process_count)
-    windows = _PACKINGS[config.packing](stream, config)
-    dataset = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
+    rows = training_rows(stream, config)
+    dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat()
     # Batched as a map, not as an iterator, so that the state counts batches.
     dataset = dataset[process_index::process_count].batch(local_batch, drop_remainder=True)
     return dataset.to_iter_dataset(_READ_OPTIONS)
@@ -161,12 +181,14 @@ def evaluation_batches(
     batch_size: int,
     *,
     document_ids: bool = False,
+    limit: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """One pass over a stream in order, in which every token after the first is a target once.
 
-    Every process gets the same number of batches, the last of which are padded.
+    Every process gets the same number of batches, the last of which are padded. `limit` stops after
+    so many targets (0: all), the same whatever the batch size.
 
     Returns:
         A dataset of the items of `EvaluationWindows`, batched: `tokens` int32
@@ -177,7 +199,7 @@ def evaluation_batches(
     """
     local_batch = _local_batch(batch_size, process_index, process_count)
     windows = EvaluationWindows(
-        stream, sequence_length, multiple_of=batch_size, document_ids=document_ids
+        stream, sequence_length, multiple_of=batch_size, document_ids=document_ids, limit=limit
     )
     dataset = grain.MapDataset.source(windows)[process_index::process_count]
     return dataset.batch(local_batch, drop_remainder=True).to_iter_dataset(_READ_OPTIONS)
@@ -185,10 +207,10 @@ def evaluation_batches(
 
 def batch_rows(stream: TokenStream, config: DataConfig, index: int) -> list[int]:
     """Which rows batch `index` (counted from 0, over all processes) of `batches` holds."""
-    count = len(_PACKINGS[config.packing](stream, config))
+    count = len(training_rows(stream, config))
     order = grain.MapDataset.range(count).seed(config.seed).shuffle().repeat()
     start = index * config.batch_size
-    return [int(order[i]) for i in range(start, start + config.batch_size)]
+    return [int(cast(int, order[i])) for i in range(start, start + config.batch_size)]
 
 
 def data_fingerprint(

@@ -4,23 +4,17 @@ A stream is a directory of `tokens.bin` (little-endian uint16, or uint32 for a v
 65,536), `offsets.npy` (int64 `[documents + 1]`: where each document begins) and `stream.json`.
 """
 
-import array
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cla_jax.data.files import staged_directory
-from cla_jax.data.tokenizers import Tokenizer
+__all__ = ["Streams", "TokenStream"]
 
-__all__ = ["Streams", "TokenStream", "write_token_stream"]
-
-_FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +31,7 @@ class TokenStream:
         tokenizer: the tokenizer's name.
         tokenizer_fingerprint: the tokenizer's fingerprint.
         corpus_fingerprint: the corpus's fingerprint.
-        fingerprint: SHA-256 of the tokens.
+        fingerprint: SHA-256 of the SHA-256s of its parts' tokens, in order.
         text_bytes: UTF-8 bytes of the text that was tokenized.
     """
 
@@ -78,7 +72,7 @@ class TokenStream:
         directory = Path(directory)
         try:
             meta: dict[str, Any] = json.loads((directory / "stream.json").read_text("utf-8"))
-            if meta.pop("format") != _FORMAT:
+            if meta.pop("format") != FORMAT:
                 raise ValueError("stream.json is of another format")
             dtype = np.dtype(meta.pop("dtype"))
             num_tokens, num_documents = meta.pop("num_tokens"), meta.pop("num_documents")
@@ -124,60 +118,3 @@ class Streams:
             TokenStream.open(Path(directory) / "train"),
             TokenStream.open(Path(directory) / "validation"),
         )
-
-
-def write_token_stream(
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    directory: str | os.PathLike[str],
-    *,
-    split: str,
-    corpus_fingerprint: str,
-) -> TokenStream:
-    """Tokenizes documents into a new stream, which appears in one rename when it is complete.
-
-    Args:
-        documents: texts, in the order they are to be stored.
-        tokenizer: its `end_of_text` is put after each document.
-        directory: the stream's; its parents are made.
-        split: recorded with the stream.
-        corpus_fingerprint: recorded with the stream.
-
-    Raises:
-        ValueError: no documents, or a tokenizer whose ids exceed its own vocabulary.
-    """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    offsets, text_bytes, digest = array.array("q", [0]), 0, hashlib.sha256()
-    with staged_directory(Path(directory)) as staging:
-        with (staging / "tokens.bin").open("wb") as file:
-            for text in documents:
-                tokens = np.append(tokenizer.encode(text), tokenizer.end_of_text)
-                if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
-                    raise ValueError(
-                        f"tokenizer {tokenizer.name!r} gave ids from {tokens.min()} to "
-                        f"{tokens.max()}; its vocabulary is 0 to {tokenizer.vocab_size - 1}"
-                    )
-                data = tokens.astype(dtype).tobytes()
-                file.write(data)
-                digest.update(data)
-                offsets.append(offsets[-1] + len(tokens))
-                text_bytes += len(text.encode("utf-8"))
-        if len(offsets) == 1:
-            raise ValueError(f"no documents to write to the {split!r} token stream {directory}")
-        np.save(staging / "offsets.npy", np.frombuffer(offsets, np.int64))
-        meta = {
-            "format": _FORMAT,
-            "dtype": dtype.str,
-            "num_tokens": offsets[-1],
-            "num_documents": len(offsets) - 1,
-            "split": split,
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text,
-            "tokenizer": tokenizer.name,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "corpus_fingerprint": corpus_fingerprint,
-            "fingerprint": digest.hexdigest(),
-            "text_bytes": text_bytes,
-        }
-        (staging / "stream.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
-    return TokenStream.open(directory)

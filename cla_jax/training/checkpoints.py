@@ -33,12 +33,18 @@ class Checkpoints:
         identity: what a checkpoint belongs to (architecture, data), as JSON values by section.
             Saved with every checkpoint and compared before one is restored.
         keep: how many of the newest to keep.
+        force: restore one though its recipe or data were others.
     """
 
     def __init__(
-        self, directory: Path, identity: dict[str, dict[str, Any]], *, keep: int = 2
+        self,
+        directory: Path,
+        identity: dict[str, dict[str, Any]],
+        *,
+        keep: int = 2,
+        force: bool = False,
     ) -> None:
-        self.directory, self.identity = directory, identity
+        self.directory, self.identity, self._force = directory, identity, force
         self._manager = ocp.CheckpointManager(
             directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )
@@ -94,7 +100,7 @@ class Checkpoints:
             return None
         where = f"the checkpoint {self.directory / str(step)}"
         saved = self._items(step, where, identity=ocp.args.JsonRestore())["identity"]
-        check_identity(saved, self.identity, where)
+        check_identity(saved, self.identity, where, force=self._force)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = self._items(
             step,
@@ -114,9 +120,19 @@ class Checkpoints:
 
 
 def check_identity(
-    saved: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]], where: str
+    saved: dict[str, dict[str, Any]],
+    wanted: dict[str, dict[str, Any]],
+    where: str,
+    *,
+    force: bool = False,
 ) -> None:
     """Compare what was saved with what is wanted.
+
+    Args:
+        saved: values by section.
+        wanted: values by section.
+        where: of what was saved, for the message.
+        force: overlook every difference but the architecture's.
 
     Raises:
         ValueError: names every field that differs, with both values.
@@ -124,6 +140,7 @@ def check_identity(
     differences = [
         f"{section}.{field}: {values.get(field)!r} there, {other.get(field)!r} here"
         for section in sorted(saved.keys() | wanted.keys())
+        if section == "model" or not force
         for values, other in [(saved.get(section) or {}, wanted.get(section) or {})]
         for field in sorted(values.keys() | other.keys())
         if values.get(field) != other.get(field)
@@ -131,5 +148,6 @@ def check_identity(
     if differences:
         raise ValueError(
             f"{where} is of another configuration; give this run another directory, or the "
-            "configuration that it was made with. What differs:\n  " + "\n  ".join(differences)
+            "configuration that it was made with (--force goes on with another recipe or other "
+            "data, not with another model). What differs:\n  " + "\n  ".join(differences)
         )

@@ -6,8 +6,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Interrupted(Exception):  # noqa: N818 (the run was asked to stop: nothing failed)
+class Interrupted(KeyboardInterrupt):
     """A run was stopped by a signal, after it saved a checkpoint.
+
+    A `KeyboardInterrupt`, so that nothing that goes on after a failed run goes on after this.
 
     Attributes:
         exit_code: for the process: 128 and the signal's number, as shells report it (SIGTERM: 143,

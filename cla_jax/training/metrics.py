@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,9 +29,13 @@ class MetricLog:
         path: the file.
         resume_step: records after this step are dropped first: the run takes up there, and will
             write them again.
+        trackers: get every record too.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    def __init__(
+        self, path: Path, resume_step: int = 0, trackers: Sequence[Callable[..., None]] = ()
+    ) -> None:
+        self._trackers = trackers
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         replacement = path.with_name(path.name + ".new")
         replacement.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
@@ -47,6 +52,8 @@ class MetricLog:
         self._last |= dict.fromkeys(record, record["step"])
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        for track in self._trackers:
+            track(record)
 
     def __enter__(self) -> "MetricLog":
         return self

@@ -30,7 +30,7 @@ def identity_of(config: ModelConfig, training: TrainConfig, streams: Streams) ->
     recipe: dict[str, Any] = {
         "steps": training.steps,
         "seed": training.seed,
-        "eval_batches": training.eval_batches,
+        "eval_tokens": training.eval_tokens,
         "compute_dtype": training.execution.compute_dtype,
     }
     recipe |= {f"optimizer.{k}": v for k, v in dataclasses.asdict(training.optimizer).items()}
@@ -40,8 +40,14 @@ def identity_of(config: ModelConfig, training: TrainConfig, streams: Streams) ->
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
-def check_directory(directory: Path, identity: Identity, resume: bool) -> None:
+def check_directory(directory: Path, identity: Identity, resume: bool, force: bool) -> None:
     """Whether a run may be started, or resumed, in a directory.
+
+    Args:
+        directory: of the run.
+        identity: of the run.
+        resume: a run that is there may go on.
+        force: though its recipe or data were others.
 
     Raises:
         ValueError: it holds another run, this run without `resume`, or something else.
@@ -50,7 +56,7 @@ def check_directory(directory: Path, identity: Identity, resume: bool) -> None:
     if config.exists():
         saved = read_json(config)
         sections = {k: v for k, v in saved.items() if k in identity and isinstance(v, dict)}
-        check_identity(sections, identity, f"the run in {directory}")
+        check_identity(sections, identity, f"the run in {directory}", force=force)
         if not resume:
             raise ValueError(
                 f"{directory} already holds this run: resume it (--resume), or choose another "

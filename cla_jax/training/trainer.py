@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.configs import DataConfig, ModelConfig, TrainConfig
-from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches
+from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches, training_rows
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
 from cla_jax.training.checkpoints import Checkpoints
@@ -35,6 +35,7 @@ from cla_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
+from cla_jax.training.trackers import open_trackers
 
 _LARGEST_LOSS = 700.0  # nats: whose exponential is still a float
 
@@ -63,6 +64,7 @@ def train(
     directory: str | os.PathLike[str],
     *,
     resume: bool = False,
+    force: bool = False,
 ) -> Trained:
     """Train a model, or take up a run where its last checkpoint left it.
 
@@ -76,6 +78,7 @@ def train(
         directory: of the run; made if it is missing.
         resume: go on from the newest checkpoint in `directory`; a finished run is loaded. Without
             it, a directory that already holds a run is refused.
+        force: resume though recipe or data differ from those of the checkpoint.
 
     Raises:
         ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
@@ -84,15 +87,17 @@ def train(
             of them before anything is written.
         FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
             perplexity; nothing of it is saved, checkpoints stay as they are.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
     """
     directory = Path(directory)
     _check_streams(config, training.data, streams)
     micro_batches = _micro_batches(training)
+    trackers = open_trackers(training.trackers, directory)
     check_loss_chunk(
         training.execution.loss_chunk, _tokens_per_step(training.data) // micro_batches
     )
     identity = identity_of(config, training, streams)
-    check_directory(directory, identity, resume)
+    check_directory(directory, identity, resume, force)
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
     resolved = {
@@ -113,7 +118,7 @@ def train(
     if not result_file.exists():
         write_json(directory / "config.json", resolved)
     with Checkpoints(
-        directory / "checkpoints", identity, keep=training.keep_checkpoints
+        directory / "checkpoints", identity, keep=training.keep_checkpoints, force=force
     ) as checkpoints:
         if (restored := checkpoints.restore(state)) is not None:
             state = restored.state
@@ -127,7 +132,7 @@ def train(
             return Trained(directory, model, state.params, read_json(result_file))
         start = int(state.step)
         with (
-            MetricLog(directory / "metrics.jsonl", resume_step=start) as log,
+            MetricLog(directory / "metrics.jsonl", resume_step=start, trackers=trackers) as log,
             TrainingProgress(config.name, training.steps, start) as progress,
         ):
             progress.say(f"{config.name}: attention {resolved['attention']}")
@@ -277,12 +282,11 @@ class _Loop:
         dataset = evaluation_batches(
             self.streams.validation, data.sequence_length,
             self.training.micro_batch_size or data.batch_size,
+            limit=self.training.eval_tokens,
             document_ids=data.document_mask,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-        for index, batch in enumerate(dataset):
-            if self.training.eval_batches and index >= self.training.eval_batches:
-                break
+        for batch in dataset:
             losses, tokens = self.eval_step(state.params, batch)
             total, count = total + float(losses), count + float(tokens)
         loss, step = total / count, int(state.step)
@@ -322,16 +326,18 @@ def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> N
 
 
 def _check_length(stream: TokenStream, data: DataConfig) -> None:
-    windows = (stream.num_tokens - 1) // data.sequence_length
-    if windows < data.batch_size:
+    if stream.num_tokens <= data.sequence_length and data.packing == "concat":
         raise ValueError(
-            f"the {stream.split} stream has {stream.num_tokens} tokens, {windows} windows of "
-            f"{data.sequence_length}: fewer than one batch of {data.batch_size}; the largest "
-            f"batch_size that works is {windows}"
-            if windows
-            else f"the {stream.split} stream has {stream.num_tokens} tokens: shorter than one "
-            f"window of sequence_length={data.sequence_length}; the longest that works is "
+            f"the {stream.split} stream has {stream.num_tokens} tokens: shorter than one window of "
+            f"sequence_length={data.sequence_length}; the longest that works is "
             f"{max(stream.num_tokens - 1, 0)}"
+        )
+    rows = len(training_rows(stream, data))
+    if rows < data.batch_size:
+        raise ValueError(
+            f"the {stream.split} stream has {stream.num_tokens} tokens, {rows} rows of "
+            f"{data.sequence_length}: fewer than one batch of {data.batch_size}; the largest "
+            f"batch_size that works is {rows}"
         )
 
 

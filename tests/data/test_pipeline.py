@@ -156,8 +156,10 @@ def test_clear_errors(stream):
     with pytest.raises(ValueError, match=r"seed=-1 must be at least 0"):
         batches(stream, dataclasses.replace(CONFIG, seed=-1))
     bad = dataclasses.replace(CONFIG)
-    object.__setattr__(bad, "packing", "first_fit")  # past the type, as a saved config might be
-    with pytest.raises(ValueError, match=r"packing='first_fit' is unknown; known: concat"):
+    object.__setattr__(bad, "packing", "best_fit")  # past the type, as a saved config might be
+    with pytest.raises(
+        ValueError, match=r"packing='best_fit' is unknown; known: concat, first_fit"
+    ):
         batches(stream, bad)
 
 

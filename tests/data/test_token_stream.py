@@ -25,6 +25,9 @@ class WideTokenizer:
     def encode(self, text):
         return np.array([ord(c) for c in text], np.int32)
 
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
     def decode(self, tokens):
         return "".join(chr(t) for t in tokens)
 
