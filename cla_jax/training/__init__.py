@@ -1,12 +1,13 @@
 """Training: optimizer, step, checkpoints, metrics and the loop."""
 
 from cla_jax.training.step import Model, TrainState, init_state, make_train_step, token_losses
-from cla_jax.training.trainer import Trained, train
+from cla_jax.training.trainer import Trained, check_run, train
 
 __all__ = [
     "Model",
     "TrainState",
     "Trained",
+    "check_run",
     "init_state",
     "make_train_step",
     "token_losses",

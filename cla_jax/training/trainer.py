@@ -86,16 +86,7 @@ def train(
             perplexity; nothing of it is saved, checkpoints stay as they are.
     """
     directory = Path(directory)
-    _check_streams(config, training.data, streams)
-    check_loss_chunk(training.execution.loss_chunk, _tokens_per_step(training.data))
-    identity = _as_json(
-        {
-            "model": config.to_dict(),
-            "training": _recipe(training),
-            "data": data_fingerprint(streams.train, training.data, jax.process_count()),
-        }
-    )
-    _check_directory(directory, identity, resume)
+    identity = check_run(config, training, streams, directory, resume=resume)
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
     resolved = {
@@ -143,6 +134,35 @@ def train(
     result = _result(config, training, read_metrics(directory / "metrics.jsonl"))
     _write_json(directory / "result.json", result)
     return Trained(directory, model, state.params, result)
+
+
+def check_run(
+    config: ModelConfig,
+    training: TrainConfig,
+    streams: Streams,
+    directory: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Everything that `train` refuses, without building a model or writing anything.
+
+    Returns:
+        What the run's checkpoints belong to: `model`, `training` and `data`, as JSON values.
+
+    Raises:
+        ValueError: as `train`.
+    """
+    _check_streams(config, training.data, streams)
+    check_loss_chunk(training.execution.loss_chunk, _tokens_per_step(training.data))
+    identity = _as_json(
+        {
+            "model": config.to_dict(),
+            "training": _recipe(training),
+            "data": data_fingerprint(streams.train, training.data, jax.process_count()),
+        }
+    )
+    _check_directory(Path(directory), identity, resume)
+    return identity
 
 
 def _result(
