@@ -1,7 +1,7 @@
 """The CLA experiments' recipes at every scale, and the options that all of them share.
 
-At `1B` and `3B` they are the paper's (CLA section 3.1 and Table 2). `mini` is for one GPU and `tiny`
-for two CPU cores; what is not a matter of size (optimizer, schedule, data order) is the paper's.
+At `1B` and `3B` they are the paper's (CLA section 3.1 and Table 2). `mini` is for one GPU and
+`tiny` for two CPU cores; what is not a matter of size (optimizer, schedule) is the paper's.
 """
 
 import dataclasses
@@ -78,8 +78,8 @@ def recipe(
 ) -> TrainConfig:
     """The recipe of a run; what is None is the scale's.
 
-    The data order is the same whatever the seed, which is the parameters' (CLA section 3.2: "using a
-    consistent data order").
+    The data order is the same whatever the seed, which is the parameters' (CLA section 3.2: "using
+    a consistent data order").
 
     Raises:
         ValueError: fewer tokens than one step takes.
@@ -103,9 +103,7 @@ def recipe(
         steps=steps,
         seed=seed,
         data=data,
-        optimizer=OptimizerConfig(
-            scale.learning_rate if learning_rate is None else learning_rate
-        ),
+        optimizer=OptimizerConfig(scale.learning_rate if learning_rate is None else learning_rate),
         execution=execution,
         eval_every=max(steps // scale.validations, 1),
         eval_batches=-(-scale.validation_tokens // per_step),
