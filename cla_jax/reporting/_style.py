@@ -144,7 +144,7 @@ def label_ends(
     right = float(axes.transAxes.transform((1, 0))[0])
     for i, height in zip(order, y, strict=True):
         axes.annotate(
-            labels[i], ends[i], (max(right, at[i, 0]) + 8 - at[i, 0], height - at[i, 1]),
+            str(labels[i]), ends[i], (max(right, at[i, 0]) + 8 - at[i, 0], height - at[i, 1]),
             textcoords="offset points", va="center", fontsize=LABEL, color=colors[i],
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colors[i], "linewidth": 0.4, "shrinkA": 0.5,

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
 
+from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting._pareto import Point, draw_pareto, format_bytes, pareto_frontier
 from cla_jax.reporting._style import (
     FEW,
@@ -134,26 +135,13 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
         The two files' paths.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(path.name + ".png"), path.with_name(path.name + ".svg")
     for target, metadata in zip(written, ({"Software": None}, {"Date": None}), strict=True):
         content = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             figure.savefig(content, format=target.suffix[1:], dpi=200, metadata=metadata)
-        _write_atomically(target, content.getvalue())
+        write_atomically(target, content.getvalue())
     return written
-
-
-def _write_atomically(target: Path, content: bytes) -> None:
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_some(runs: Sequence[Run]) -> None:

@@ -23,7 +23,7 @@ from cla_jax.data.token_stream import Streams
 from cla_jax.training.checkpoints import check_identity
 from cla_jax.training.trainer import check_run, train
 
-__all__ = ["Entry", "Outcome", "Sweep"]
+__all__ = ["Entry", "Outcome", "Sweep", "failures"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Sweep:
 
         outcomes, seconds, trained = list[Outcome](), 0.0, 0
         for number, entry in enumerate(entries, start=1):
-            heading = f"{what} {number} of {len(entries)}: {entry.directory}"
+            count = f" {number} of {len(entries)}" if len(entries) > 1 else ""
+            heading = f"{what}{count}: {entry.directory}"
             outcome = self._known(entry)
             if outcome is not None:
                 self._say(f"{heading}: {'finished' if outcome.error is None else outcome.error}")
@@ -165,6 +166,16 @@ class Sweep:
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def failures(outcomes: Sequence[Outcome]) -> int:
+    """How many entries have no result; says which, on standard error."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed:
+        print(f"{len(failed)} of {len(outcomes)} failed:", file=sys.stderr)
+    for outcome in failed:
+        print(f"  {outcome.entry.directory}: {outcome.error}", file=sys.stderr)
+    return len(failed)
 
 
 def _check_directory(directory: Path, record: dict[str, Any]) -> None:

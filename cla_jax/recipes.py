@@ -6,14 +6,26 @@ At `1B` and `3B` they are the paper's (CLA section 3.1 and Table 2). `mini` is f
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cla_jax.configs import DataConfig, ExecutionConfig, OptimizerConfig, TrainConfig
-from cla_jax.data.token_stream import Streams
 from cla_jax.registry import match_models
 
-__all__ = ["SCALES", "ExperimentOptions", "Scale", "open_data", "recipe"]
+if TYPE_CHECKING:
+    from cla_jax.data.token_stream import Streams
+
+__all__ = [
+    "SCALES",
+    "ExperimentOptions",
+    "Scale",
+    "chunked",
+    "climb",
+    "next_rate",
+    "open_data",
+    "recipe",
+]
 
 _LOSS_CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB of a 50,432-word vocabulary's
 
@@ -94,17 +106,12 @@ def recipe(
             f"takes; the least is {per_step}"
         )
     steps = round(wanted / per_step)
-    execution = scale.execution
-    if execution.loss_chunk:
-        # The largest chunk that divides the batch.
-        chunk = math.gcd(execution.loss_chunk, per_step)
-        execution = dataclasses.replace(execution, loss_chunk=chunk)
     return TrainConfig(
         steps=steps,
         seed=seed,
         data=data,
         optimizer=OptimizerConfig(scale.learning_rate if learning_rate is None else learning_rate),
-        execution=execution,
+        execution=chunked(scale.execution, per_step),
         eval_every=max(steps // scale.validations, 1),
         eval_batches=-(-scale.validation_tokens // per_step),
         checkpoint_every=max(steps // scale.validations, 1),
@@ -112,7 +119,53 @@ def recipe(
     )
 
 
-def open_data(data: Path | None, text: Path | None, scale: str, cache: Path) -> Streams:
+def chunked(execution: ExecutionConfig, tokens: int) -> ExecutionConfig:
+    """The same, with the largest loss chunk that divides a batch of so many tokens."""
+    chunk = math.gcd(execution.loss_chunk, tokens) if execution.loss_chunk else 0
+    return dataclasses.replace(execution, loss_chunk=chunk)
+
+
+# CLA section 3.2.2: from 3e-4 "in multiplicative increments of 1.5x", as Tables 3 and 5 print it.
+_PRINTED_RATES = (3e-4, 4.5e-4, 6.75e-4, 1e-3, 1.5e-3, 2.25e-3)
+
+
+def next_rate(rate: float) -> float:
+    """The learning rate above this one: the paper's printed ladder, then x 1.5 to three digits.
+
+    >>> [next_rate(rate) for rate in (3e-4, 6.75e-4, 2.25e-3)]
+    [0.00045, 0.001, 0.00338]
+    """
+    above = 1.5 * rate
+    for printed in _PRINTED_RATES:
+        if math.isclose(above, printed, rel_tol=0.02):
+            return printed
+    return float(f"{above:.2e}")
+
+
+def climb(
+    perplexity_at: Callable[[float], float | None], start: float
+) -> tuple[tuple[float, float], ...]:
+    """Rates from `start` upwards until the perplexity stops improving (CLA section 3.2.2).
+
+    Args:
+        perplexity_at: trains at a learning rate; `inf` for a run that diverged; None if there is
+            no answer, which ends the climb.
+        start: the first rate.
+
+    Returns:
+        The rates with their perplexities, in order; the last is no better than the one before,
+        unless the climb was ended.
+    """
+    seen, rate = list[tuple[float, float]](), start
+    while (perplexity := perplexity_at(rate)) is not None:
+        seen.append((rate, perplexity))
+        if perplexity == math.inf or (len(seen) > 1 and not perplexity < seen[-2][1]):
+            break
+        rate = next_rate(rate)
+    return tuple(seen)
+
+
+def open_data(data: Path | None, text: Path | None, scale: str, cache: Path) -> "Streams":
     """Prepared tokens: those in `data`, or, at scale tiny, the bytes of `text`.
 
     Args:
@@ -127,6 +180,8 @@ def open_data(data: Path | None, text: Path | None, scale: str, cache: Path) -> 
     if data is not None and text is not None:
         raise ValueError("give either --data (prepared tokens) or --text, not both")
     if data is not None:
+        from cla_jax.data import Streams
+
         return Streams.open(data)
     if scale != "tiny":
         raise ValueError(
@@ -186,11 +241,11 @@ class ExperimentOptions:
             return self.out
         return Path("runs") / f"{experiment}-{self.scale}{'-smoke' if self.smoke else ''}"
 
-    def streams(self, experiment: str) -> Streams:
+    def streams(self, experiment: str) -> "Streams":
         """The tokens."""
         return open_data(self.data, self.text, self.scale, self.directory(experiment) / "data")
 
-    def shared(self, streams: Streams, **more: Any) -> dict[str, dict[str, Any]]:
+    def shared(self, streams: "Streams", **more: Any) -> dict[str, dict[str, Any]]:
         """What is the same for all runs, for `Sweep`."""
         training = self.recipe()
         return {
