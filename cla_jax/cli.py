@@ -136,11 +136,31 @@ class Train:
         print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draw the tables and figures of experiments or runs again; nothing is trained.
+
+    Examples: `cla-jax report runs/cla-design-space-tiny`, or, to set runs side by side with the
+    first as the baseline, `cla-jax report runs/mine runs/other --out comparison`.
+    """
+
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Directories of experiments, or of finished runs."""
+    out: Path | None = None
+    """Where to write. Default: the experiment's directory; for runs, runs/report."""
+
+    def run(self) -> None:
+        """Write and show them."""
+        from cla_jax.reporting.report import report, show
+
+        show(report(self.directories, self.out))
+
+
 def main() -> None:
     """Entry point of `cla-jax`. Exit codes: 0 done, 1 refused or failed, 2 wrong arguments."""
     try:
         command = tyro.extras.subcommand_cli_from_dict(
-            {"models": Models, "diagram": Diagram, "train": Train},
+            {"models": Models, "diagram": Diagram, "train": Train, "report": Report},
             prog="cla-jax",
             description="Train and measure transformers whose layers share keys and values.",
         )

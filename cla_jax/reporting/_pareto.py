@@ -62,7 +62,7 @@ def format_bytes(count: int) -> str:
 
 
 def draw_pareto(axes: Axes, models: Sequence[Point], *, muted: bool = False) -> None:
-    """Draws points, frontiers, names and legend, and sets the axes.
+    """Draws points, frontiers and names, sets the axes, and puts the legend above them.
 
     Models with and without cross-layer sharing have a frontier each: the least perplexity to be
     had for at most so many bytes. The perplexity axis spans at least 5 %, so that a difference
@@ -71,7 +71,7 @@ def draw_pareto(axes: Axes, models: Sequence[Point], *, muted: bool = False) -> 
     Args:
         axes: empty, with its final frame.
         models: at least one.
-        muted: lighter: for what others measured.
+        muted: lighter, without a legend: for what others measured.
     """
     groups = {
         "with cross-layer sharing": [point for point in models if point.shares_layers],
@@ -89,7 +89,10 @@ def draw_pareto(axes: Axes, models: Sequence[Point], *, muted: bool = False) -> 
                 markeredgewidth=0.6, zorder=4, alpha=alpha,
             )  # fmt: skip
             lines += [_draw_spread(axes, point) for point in group if point.spread is not None]
-    axes.legend(loc="upper right", borderaxespad=0.2, handletextpad=0.2).set_zorder(1)
+    if not muted:
+        # Above the axes: inside them is no place that a model may not take.
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1,
+                    handletextpad=0.1, columnspacing=1.2)  # fmt: skip
     _label_points(axes, models, np.concatenate(lines), MUTED if muted else None)
 
 
@@ -169,8 +172,7 @@ def _label_points(
     sizes = np.array([(text_width(name, font), 1.15 * font) for name in names])
     bounds = points(axes, np.array([axes.get_xlim(), axes.get_ylim()]).T)
     bounds += [(3, 3), (-1, -1)]
-    legend = bounds[1] - np.stack(np.meshgrid(range(0, 120, 6), range(0, 26, 5)), -1).reshape(-1, 2)
-    centres = place_labels(at, sizes, np.concatenate([lines, legend]), bounds)
+    centres = place_labels(at, sizes, lines, bounds)
     for point, name, offset, size in zip(models, names, centres - at, sizes, strict=True):
         shade = ink or color(point.shares_layers)
         tip = np.clip(0, offset - size / 2, offset + size / 2)  # the box's nearest to the point

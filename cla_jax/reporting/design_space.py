@@ -16,7 +16,7 @@ from cla_jax.reporting._style import HEIGHT, STYLE, canvas
 from cla_jax.reporting.papers import CLA_TABLE_1, PaperResult, variant_in_paper
 from cla_jax.reporting.runs import Run
 from cla_jax.reporting.sweeps import SweepRecord
-from cla_jax.reporting.tables import Column, csv_text, markdown
+from cla_jax.reporting.tables import Column, Written, csv_text, markdown, terminal_table
 
 __all__ = ["COLUMNS", "DesignPoint", "design_points", "design_space", "write_design_space"]
 
@@ -85,6 +85,9 @@ COLUMNS: tuple[Column[DesignPoint], ...] = (
     Column("paper_rank", "paper's", lambda p: p.paper_rank, "d"),
     Column("tokens_per_second", "tokens/s", lambda p: p.tokens_per_second, ".0f"),
 )
+_SHORT = ("model", "kv_bytes", "perplexity", "spread", "paper_perplexity",
+          "rank", "paper_rank")  # fmt: skip
+_IN_SHORT = tuple(column for column in COLUMNS if column.key in _SHORT)
 
 
 def design_points(runs: Sequence[Run]) -> tuple[DesignPoint, ...]:
@@ -135,11 +138,11 @@ def design_space(points: Sequence[DesignPoint], *, title: str | None = None) -> 
     with matplotlib.rc_context(STYLE):
         made = canvas(
             title or _title(points),
-            f"above: our runs; below, faint: the paper's (1B, 30 B tokens); lines: frontiers{bars}",
+            f"above: ours; below, faint: the paper's (1B, 30 B tokens); lines: frontiers{bars}",
             height=2 * HEIGHT - 20,
         )
         left, bottom, width, height = made.room
-        gap = 44.0
+        height, gap = height - 12, 28.0  # the legend; the upper ticks
         below = (height - gap) / 2
         upper = made.axes(left, bottom + below + gap, width, height - gap - below)
         lower = made.axes(left, bottom, width, below)
@@ -151,7 +154,7 @@ def design_space(points: Sequence[DesignPoint], *, title: str | None = None) -> 
     return made.figure
 
 
-def write_design_space(sweep: SweepRecord, out: Path) -> list[Path]:
+def write_design_space(sweep: SweepRecord, out: Path) -> Written:
     """Writes results.csv, results.md, design_space.png and .svg and loss.png and .svg.
 
     Raises:
@@ -165,7 +168,7 @@ def write_design_space(sweep: SweepRecord, out: Path) -> list[Path]:
     ]
     written += figures.save(design_space(points), out / "design_space")
     written += figures.save(figures.loss_curves(first_seed), out / "loss")
-    return written
+    return Written(tuple(written), terminal_table(points, _IN_SHORT))
 
 
 def _document(sweep: SweepRecord, points: Sequence[DesignPoint]) -> str:
@@ -217,7 +220,7 @@ def unfinished(sweep: SweepRecord) -> list[str]:
 
 def _title(points: Sequence[DesignPoint]) -> str:
     scales = {p.run.name.partition("/")[0] for p in points}
-    title = f"Perplexity against the KV cache, {', '.join(sorted(scales))}"
+    title = f"Scale {', '.join(sorted(scales))} beside the paper's 1B models"
     return title if len(points) < 3 else f"{title}: rank correlation {_spearman(points):.2f}"
 
 

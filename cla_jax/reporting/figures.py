@@ -118,7 +118,8 @@ def pareto(runs: Sequence[Run], *, title: str | None = None) -> Figure:
     subtitle = "lines: Pareto frontiers" if len(runs) > 2 else ""
     with matplotlib.rc_context(STYLE):
         made = canvas(_pareto_title(runs) if title is None else title, subtitle)
-        draw_pareto(made.axes(*made.room), models)
+        left, bottom, width, height = made.room
+        draw_pareto(made.axes(left, bottom, width, height - (0 if subtitle else 6)), models)
     return made.figure
 
 

@@ -16,7 +16,6 @@ from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting._style import (
     LABEL,
-    MUTED,
     STYLE,
     canvas,
     label_ends,
@@ -35,7 +34,7 @@ from cla_jax.reporting.papers import (
 )
 from cla_jax.reporting.runs import Run
 from cla_jax.reporting.sweeps import Member, SweepRecord
-from cla_jax.reporting.tables import Column, csv_text, markdown
+from cla_jax.reporting.tables import Column, Written, csv_text, markdown, terminal_table
 
 __all__ = ["COLUMNS", "Tuned", "format_rate", "learning_rates", "tuned", "write_learning_rates"]
 
@@ -152,7 +151,7 @@ def learning_rates(
     return made.figure
 
 
-def write_learning_rates(sweep: SweepRecord, out: Path) -> list[Path]:
+def write_learning_rates(sweep: SweepRecord, out: Path) -> Written:
     """Writes results.csv and .md (best of each model), runs.csv, and figures.
 
     Raises:
@@ -186,7 +185,7 @@ def write_learning_rates(sweep: SweepRecord, out: Path) -> list[Path]:
     ]
     written += figures.save(learning_rates(rows, same_scale=same_scale), out / "learning_rates")
     written += figures.save(figures.loss_curves(best), out / "loss")
-    return written
+    return Written(tuple(written), terminal_table(rows, COLUMNS))
 
 
 def _set_axes(axes: Axes, rows: Sequence[Tuned], same_scale: bool) -> None:
@@ -201,16 +200,18 @@ def _set_axes(axes: Axes, rows: Sequence[Tuned], same_scale: bool) -> None:
     low, high = min(rates), max(rates)
     margin = max(0.05 * math.log(high / low), 0.1)
     axes.set_xlim(low * math.exp(-margin), high * math.exp(margin))
-    # The span of a rate that is far too low would flatten the rest: half as much again as the
-    # distance from the best to the median, and at least 2 %.
+    # A rate that is far too low would flatten the rest: twice the distance from the best to the
+    # median, and at least 2 %.
     least, median = min(perplexities), float(np.median(perplexities))
-    reach = max(3 * (median - least), 0.02 * least)
+    reach = max(2 * (median - least), 0.02 * least)
     top = min(max(perplexities), least + reach)
     pad = max(0.08 * (top - least), 0.002 * least)
     axes.set_ylim(least - 2 * pad, top + 2 * pad)
     axes.xaxis.set_major_locator(FixedLocator(sorted(rates)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: format_rate(rate)))
+    if len(rates) > 5:
+        axes.tick_params(axis="x", rotation=30, pad=1)
     axes.set_xlabel("Peak learning rate, log scale")
     axes.set_ylabel("Validation perplexity  (← lower is better)")
 
@@ -234,4 +235,3 @@ def _draw(axes: Axes, row: Tuned, color: str, dash: str, same_scale: bool) -> No
             [row.paper.learning_rate], [row.paper.perplexity], "*", color=color, markersize=8,
             markerfacecolor="white", markeredgewidth=0.8, alpha=0.8, zorder=3,
         )  # fmt: skip
-        axes.plot([], [], color=MUTED)

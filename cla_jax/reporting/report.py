@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting.design_space import write_design_space
@@ -15,11 +17,18 @@ from cla_jax.reporting.learning_rates import write_learning_rates
 from cla_jax.reporting.runs import Run, load_run
 from cla_jax.reporting.sweeps import SweepRecord, load_sweep
 from cla_jax.reporting.system_costs import write_system_costs
-from cla_jax.reporting.tables import COLUMNS, comparison, csv_text, markdown
+from cla_jax.reporting.tables import (
+    COLUMNS,
+    Written,
+    comparison,
+    csv_text,
+    markdown,
+    terminal_table,
+)
 
-__all__ = ["report", "write_comparison"]
+__all__ = ["report", "show", "write_comparison"]
 
-_SWEEPS: Mapping[str, Callable[[SweepRecord, Path], list[Path]]] = {
+_SWEEPS: Mapping[str, Callable[[SweepRecord, Path], Written]] = {
     "cla-design-space": write_design_space,
     "cla-learning-rates": write_learning_rates,
 }
@@ -27,7 +36,7 @@ _SWEEPS: Mapping[str, Callable[[SweepRecord, Path], list[Path]]] = {
 
 def report(
     directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
-) -> list[Path]:
+) -> list[Written]:
     """Writes the tables and figures of sweeps, of measured costs, or of runs.
 
     Runs are set beside each other in one table, the first as the baseline.
@@ -39,7 +48,7 @@ def report(
             sweeps each gets a directory of its name there.
 
     Returns:
-        The files written.
+        What was written, directory by directory; the runs' comparison last.
 
     Raises:
         ValueError: a directory that holds none of these, or an experiment that is not known; all
@@ -47,7 +56,7 @@ def report(
     """
     if not directories:
         raise ValueError("no directories to report on: give a sweep's, or those of finished runs")
-    jobs = list[tuple[Callable[[Path], list[Path]], Path]]()
+    jobs = list[tuple[Callable[[Path], Written], Path]]()
     runs = list[Run]()
     for directory in map(Path, directories):
         if (directory / "sweep.json").exists():
@@ -70,13 +79,23 @@ def report(
         places = [Path(out)]
     if len(set(places)) < len(places):
         raise ValueError(f"two sweeps of one name would write to the same directory in {out}")
-    written = [path for (write, _), to in zip(jobs, places, strict=True) for path in write(to)]
+    written = [write(to) for (write, _), to in zip(jobs, places, strict=True)]
     if runs:
-        written += write_comparison(runs, Path("runs/report" if out is None else out))
+        written.append(write_comparison(runs, Path("runs/report" if out is None else out)))
     return written
 
 
-def write_comparison(runs: Sequence[Run], out: Path) -> list[Path]:
+def show(reports: Sequence[Written]) -> None:
+    """Prints tables, and where the files are, on standard output."""
+    console = Console(highlight=False, soft_wrap=True)
+    for written in reports:
+        console.print()
+        console.print(written.table)
+        for path in written.files:
+            print(f"wrote {path}")
+
+
+def write_comparison(runs: Sequence[Run], out: Path) -> Written:
     """Writes results.csv and .md, loss and pareto figures of runs; the first is the baseline."""
     rows = comparison(runs, baseline=runs[0])
     document = (
@@ -84,12 +103,13 @@ def write_comparison(runs: Sequence[Run], out: Path) -> list[Path]:
         f"{markdown(rows, COLUMNS)}\n![loss](loss.png)\n\n![perplexity against the cache]"
         "(pareto.png)\n"
     )
-    return [
+    files = (
         write_atomically(out / "results.csv", csv_text(rows, COLUMNS).encode()),
         write_atomically(out / "results.md", document.encode()),
         *figures.save(figures.loss_curves(runs), out / "loss"),
         *figures.save(figures.pareto(runs), out / "pareto"),
-    ]
+    )
+    return Written(files, terminal_table(rows, COLUMNS))
 
 
 def _nothing(directory: Path) -> str:

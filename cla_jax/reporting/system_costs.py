@@ -15,7 +15,7 @@ from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting._pareto import format_bytes
 from cla_jax.reporting._style import INK, LABEL, STYLE, canvas, color, short_names, text_width
 from cla_jax.reporting.papers import CLA_TABLE_1, variant_in_paper
-from cla_jax.reporting.tables import Column, csv_text, markdown
+from cla_jax.reporting.tables import Column, Written, csv_text, markdown, terminal_table
 
 __all__ = ["COLUMNS", "CostRow", "cost_rows", "system_costs", "write_system_costs"]
 
@@ -83,6 +83,9 @@ COLUMNS: tuple[Column[CostRow], ...] = (
     Column("tokens_per_second", "tokens/s", lambda row: row.costs["step_seconds"]
            and row.tokens / row.costs["step_seconds"], ".0f"),
 )  # fmt: skip
+_SHORT = ("model", "kv_bytes_per_token", "parameters", "flops_per_token", "temporary_bytes",
+          "temporary_bytes_ratio", "step_seconds", "step_seconds_ratio")  # fmt: skip
+_IN_SHORT = tuple(column for column in COLUMNS if column.key in _SHORT)
 
 
 def cost_rows(costs: Sequence[Mapping[str, Any]], tokens: int) -> tuple[CostRow, ...]:
@@ -147,7 +150,7 @@ def system_costs(rows: Sequence[CostRow], *, title: str | None = None) -> Figure
     return made.figure
 
 
-def write_system_costs(directory: Path, out: Path) -> list[Path]:
+def write_system_costs(directory: Path, out: Path) -> Written:
     """Writes results.csv, results.md and the figure of the costs in `directory/costs.json`.
 
     Raises:
@@ -175,11 +178,12 @@ def write_system_costs(directory: Path, out: Path) -> list[Path]:
         "too). Temporaries are what the compiled step needs beside parameters and optimizer "
         "state.\n\n![costs](system_costs.png)\n"
     )
-    return [
+    written = (
         write_atomically(out / "results.csv", table.encode()),
         write_atomically(out / "results.md", document.encode()),
         *figures.save(system_costs(rows), out / "system_costs"),
-    ]
+    )
+    return Written(written, terminal_table(rows, _IN_SHORT))
 
 
 def _shares(name: str) -> bool:

@@ -44,7 +44,7 @@ def main(options: DesignSpace) -> int:
         for seed in options.seeds
     }
     # JAX and Grain take seconds to import: not before the options are known to be good.
-    from cla_jax.reporting.report import report
+    from cla_jax.reporting.report import report, show
     from cla_jax.training.sweep import Entry, Sweep, failures
 
     streams = options.streams("cla-design-space")
@@ -61,7 +61,7 @@ def main(options: DesignSpace) -> int:
         ]
     )
     if any(outcome.result for outcome in outcomes):
-        report([directory])
+        show(report([directory]))
     return failures(outcomes)
 
 

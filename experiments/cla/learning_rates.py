@@ -12,7 +12,7 @@ model's validation perplexity stops improving. Expected, best rate and validatio
                                  H64-MQA        1e-3      9.48
     3B at 1e-3 (Table 7)         Wikitext: H64-MQA 12.94, H64-MQA-CLA2 12.99, H32-MQA 13.34
 
-    python experiments/cla/learning_rates.py                          # tiny: half an hour on two cores
+    python experiments/cla/learning_rates.py                          # tiny: under an hour of CPU
     python experiments/cla/learning_rates.py --smoke --fixed 1e-3     # seconds
     python experiments/cla/learning_rates.py --scale mini --data DIR --tokens 20e6
     python experiments/cla/learning_rates.py --scale 1B --data DIR    # Table 3, Figure 5
@@ -64,7 +64,7 @@ def main(options: LearningRates) -> int:
         options.recipe(learning_rate=rate)
     # JAX and Grain take seconds to import: not before the options are known to be good.
     from cla_jax.reporting.learning_rates import format_rate
-    from cla_jax.reporting.report import report
+    from cla_jax.reporting.report import report, show
     from cla_jax.training.sweep import Entry, Outcome, Sweep, failures
 
     streams = options.streams("cla-learning-rates")
@@ -94,7 +94,7 @@ def main(options: LearningRates) -> int:
         else:
             climb(perplexity_at, start)
     if any(outcome.result for outcome in outcomes):
-        report([directory])
+        show(report([directory]))
     return failures([o for o in outcomes if not o.diverged or options.fixed])
 
 

@@ -61,7 +61,7 @@ def main(options: SystemCosts) -> int:
             raise ValueError(f"{field}={value} must be at least {least}")
     # JAX takes seconds to import: not before the options are known to be good.
     from cla_jax.evaluation import measure_all
-    from cla_jax.reporting.report import report
+    from cla_jax.reporting.report import report, show
 
     out = options.out.with_name(options.out.name + "-smoke") if options.smoke else options.out
     scale = SCALES["mini" if options.gpu else "tiny"]
@@ -70,7 +70,7 @@ def main(options: SystemCosts) -> int:
         execution=chunked(scale.execution, batch * length), repeats=repeats,
     )  # fmt: skip
     if len(failures) < len(configs):
-        report([out])
+        show(report([out]))
     return len(failures)
 
 
