@@ -139,7 +139,7 @@ def next_rate(rate: float) -> float:
     for printed in _PRINTED_RATES:
         if math.isclose(above, printed, rel_tol=0.02):
             return printed
-    return float(f"{above:.2e}")
+    return float(f"{above * (1 + 1e-9):.2e}")  # 3.375e-3 goes up
 
 
 def climb(

@@ -183,7 +183,7 @@ def _document(sweep: SweepRecord, points: Sequence[DesignPoint]) -> str:
         "",
         markdown(points, COLUMNS),
     ]
-    if len(points) > 2:
+    if len(points) > 4:
         lines += [f"Rank correlation with the paper (Spearman): {_spearman(points):.2f}.", ""]
     if any(point.spread for point in points):
         widest = max((p.spread[1] - p.spread[0], p.run.name) for p in points if p.spread)
@@ -221,7 +221,7 @@ def unfinished(sweep: SweepRecord) -> list[str]:
 def _title(points: Sequence[DesignPoint]) -> str:
     scales = {p.run.name.partition("/")[0] for p in points}
     title = f"Scale {', '.join(sorted(scales))} beside the paper's 1B models"
-    return title if len(points) < 3 else f"{title}: rank correlation {_spearman(points):.2f}"
+    return title if len(points) < 5 else f"{title}: rank correlation {_spearman(points):.2f}"
 
 
 def _mean(runs: Sequence[Run]) -> float:

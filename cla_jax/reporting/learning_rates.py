@@ -140,7 +140,7 @@ def learning_rates(
     with matplotlib.rc_context(STYLE):
         made = canvas(
             title or "Validation perplexity against the peak learning rate", subtitle,
-            right=float(max(text_width(label, LABEL) for label in labels) + 16),
+            right=float(max(text_width(label, LABEL) for label in labels) + 16), bottom=46.0,
         )  # fmt: skip
         axes = made.axes(*made.room)
         _set_axes(axes, rows, same_scale)

@@ -73,10 +73,10 @@ COLUMNS: tuple[Column[CostRow], ...] = (
     _ratio("flops_per_token"),
     _field("xla_flops_per_token", "FLOPs/token, XLA", "d"),
     _ratio("xla_flops_per_token"),
-    _field("state_bytes", "state, MiB", ".1f", 2**20),
-    _field("temporary_bytes", "temporaries, MiB", ".1f", 2**20),
+    _field("state_bytes", "state, MiB", ".1f", 2.0**20),
+    _field("temporary_bytes", "temporaries, MiB", ".1f", 2.0**20),
     _ratio("temporary_bytes"),
-    _field("peak_bytes", "device peak, MiB", ".1f", 2**20),
+    _field("peak_bytes", "device peak, MiB", ".1f", 2.0**20),
     _ratio("peak_bytes"),
     _field("step_seconds", "step, ms", ".2f", 1e-3),
     _ratio("step_seconds"),
@@ -101,8 +101,8 @@ def cost_rows(costs: Sequence[Mapping[str, Any]], tokens: int) -> tuple[CostRow,
 
 _BARS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("kv_bytes_per_token", "KV cache per token", lambda v: format_bytes(round(v))),
-    ("parameters", "Parameters", lambda v: f"{_engineering(v)}"),
-    ("flops_per_token", "FLOPs per token", lambda v: f"{_engineering(v)}"),
+    ("parameters", "Parameters", lambda v: _engineering(v)),
+    ("flops_per_token", "FLOPs per token", lambda v: _engineering(v)),
     ("temporary_bytes", "Training temporaries", lambda v: format_bytes(round(v))),
     ("peak_bytes", "Device peak", lambda v: format_bytes(round(v))),
     ("step_seconds", "Training step", lambda v: f"{1e3 * v:.3g} ms"),
@@ -142,7 +142,9 @@ def system_costs(rows: Sequence[CostRow], *, title: str | None = None) -> Figure
                 if row.costs[key] is None:
                     continue
                 ratio = row.ratio(key)
-                text = shown(row.costs[key]) + (f"  ({ratio:.3g})" if ratio and place else "")
+                text = shown(float(row.costs[key])) + (
+                    f"  ({ratio:.3g})" if ratio and place else ""
+                )
                 axes.text(
                     0.02, place, text, fontsize=6, va="center", color=INK,
                     transform=axes.get_yaxis_transform(),
