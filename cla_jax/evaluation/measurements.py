@@ -34,7 +34,8 @@ class Costs:
         parameters: of the model.
         flops_per_token: of a training step, by formula (`ModelConfig.flops_per_token`).
         xla_flops_per_token: of the same step as XLA counts them. It counts all of the attention
-            square (the formula counts the causal half), and elementwise operations.
+            square (the formula counts the causal half), and elementwise operations, the
+            optimizer's too: the more tokens a step has, the less those weigh.
         state_bytes: parameters and optimizer state, as the compiled step takes them.
         temporary_bytes: what the compiled step needs beside them, activations above all.
         peak_bytes: the most the device had in use; None where it does not say.

@@ -83,8 +83,7 @@ COLUMNS: tuple[Column[CostRow], ...] = (
     Column("tokens_per_second", "tokens/s", lambda row: row.costs["step_seconds"]
            and row.tokens / row.costs["step_seconds"], ".0f"),
 )  # fmt: skip
-_SHORT = ("model", "kv_bytes_per_token", "parameters", "flops_per_token", "temporary_bytes",
-          "temporary_bytes_ratio", "step_seconds", "step_seconds_ratio")  # fmt: skip
+_SHORT = ("model", "kv_bytes_per_token", "flops_per_token", "temporary_bytes", "step_seconds")
 _IN_SHORT = tuple(column for column in COLUMNS if column.key in _SHORT)
 
 

@@ -43,11 +43,11 @@ def main(options: DesignSpace) -> int:
         seed: options.recipe(learning_rate=options.learning_rate, seed=seed)
         for seed in options.seeds
     }
+    streams = options.streams("cla-design-space")
     # JAX and Grain take seconds to import: not before the options are known to be good.
     from cla_jax.reporting.report import report, show
     from cla_jax.training.sweep import Entry, Sweep, failures
 
-    streams = options.streams("cla-design-space")
     directory = options.directory("cla-design-space")
     rate = training[options.seeds[0]].optimizer.learning_rate
     sweep = Sweep(

@@ -62,12 +62,12 @@ def main(options: LearningRates) -> int:
     start = options.preset().first_rate if options.start is None else options.start
     for rate in options.fixed or (start,):  # refuses a bad one before anything is prepared
         options.recipe(learning_rate=rate)
+    streams = options.streams("cla-learning-rates")
     # JAX and Grain take seconds to import: not before the options are known to be good.
     from cla_jax.reporting.learning_rates import format_rate
     from cla_jax.reporting.report import report, show
     from cla_jax.training.sweep import Entry, Outcome, Sweep, failures
 
-    streams = options.streams("cla-learning-rates")
     directory = options.directory("cla-learning-rates")
     shared = options.shared(streams, table=table, seed=options.seed)
     sweep = Sweep(directory, "cla-learning-rates", shared, streams)

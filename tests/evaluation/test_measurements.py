@@ -8,24 +8,26 @@ from cla_jax import model
 from cla_jax.configs import ExecutionConfig
 from cla_jax.evaluation import measure_all, measurements, training_costs
 
-OPTIONS = {"batch_size": 2, "sequence_length": 32, "execution": ExecutionConfig("float32")}
+OPTIONS = {"batch_size": 8, "sequence_length": 256, "execution": ExecutionConfig("float32")}
 
 
 @pytest.mark.slow
 def test_costs_of_a_pair():
     names = ("tiny/MQA", "tiny/MQA-CLA2")
-    without, shared = (training_costs(model(n), repeats=2, **OPTIONS) for n in names)
+    without, shared = (training_costs(model(n), repeats=1, **OPTIONS) for n in names)
     for costs, name in zip((without, shared), names, strict=True):
         config = model(name)
         assert costs.parameters == config.parameters
         # Parameters and two moments in float32; and steps, counts, the batch.
-        assert 0 <= costs.state_bytes - 12 * config.parameters < 2000
+        assert 0 <= costs.state_bytes - 12 * config.parameters < 4 * 8 * 257 + 2000
         assert costs.temporary_bytes > 0
         assert costs.step_seconds is not None
     # Readers leave out a K/V projection and gain nothing: what XLA saves is what the formula saves.
     saved = without.flops_per_token - shared.flops_per_token
-    assert without.xla_flops_per_token - shared.xla_flops_per_token == pytest.approx(saved, rel=0.1)
-    assert without.xla_flops_per_token == pytest.approx(without.flops_per_token, rel=0.35)
+    assert without.xla_flops_per_token - shared.xla_flops_per_token == pytest.approx(
+        saved, rel=0.02
+    )
+    assert without.xla_flops_per_token == pytest.approx(without.flops_per_token, rel=0.25)
 
 
 def test_measured_models_are_skipped_and_failures_reported(tmp_path, monkeypatch, capsys):
