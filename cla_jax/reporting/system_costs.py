@@ -104,7 +104,7 @@ _BARS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("flops_per_token", "FLOPs per token", lambda v: _engineering(v)),
     ("temporary_bytes", "Training temporaries", lambda v: format_bytes(round(v))),
     ("peak_bytes", "Device peak", lambda v: format_bytes(round(v))),
-    ("step_seconds", "Training step", lambda v: f"{1e3 * v:.3g} ms"),
+    ("step_seconds", "Training step", lambda v: f"{1e3 * v:,.{0 if v >= 0.1 else 1}f} ms"),
 )
 
 
