@@ -52,7 +52,7 @@ def segments(owners: tuple[int, ...]) -> tuple[Segment, ...]:
     """The cut of a valid owner map with the fewest traced layers, then the fewest segments.
 
     A shortest path over the layers (Dijkstra), whose edges are the segments that start at a layer;
-    periodic maps of hundreds of layers take milliseconds.
+    maps of hundreds of layers take well under a second.
     """
     depth = len(owners)
     last_read = {owner: layer for layer, owner in enumerate(owners)}

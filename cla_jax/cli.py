@@ -97,6 +97,8 @@ class Diagram:
             print(sharing.diagram() + "\n")
 
     def _sharing(self, name: str) -> KVSharing:
+        if self.layers is None and "/" not in name and "=" not in name:
+            raise ValueError(f"{name!r} is a pattern: give its depth too, as in --layers 20")
         if self.layers is None and "=" not in name:
             return model(name).sharing
         depth = name.count(",") + 1 if self.layers is None else self.layers
@@ -132,6 +134,8 @@ class Train:
 
         corpus = prepare_corpus(corpus_at(self.text), self.data_dir)
         streams = prepare_streams(corpus, ByteTokenizer(), self.data_dir)
+        if self.resume and not (self.out / "config.json").exists():
+            print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
         trained = train(config, self.training, streams, self.out, resume=self.resume)
         print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
 

@@ -73,7 +73,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.rotary_dim is None:
             object.__setattr__(self, "rotary_dim", self.head_dim)
-        for field in ("d_model", "ffn_dim", "query_heads", "kv_heads", "head_dim", "vocab_size"):
+        for field in ("d_model", "ffn_dim", "query_heads", "kv_heads", "head_dim", "vocab_size",
+                      "sequence_length"):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"{self.name}: {field}={getattr(self, field)} must be positive")
         if self.query_heads % self.kv_heads:
@@ -128,7 +129,7 @@ class ModelConfig:
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Training FLOPs per token, forward and backward, counting a multiply-add as two.
 
-        Six per weight of a matrix product (the embedding lookup is none), and causal attention's
+        Six per parameter, but for the embedding that is only looked up, and causal attention's
         two products over the mean of `sequence_length / 2` positions. Every layer attends, readers
         too; a reader saves its K/V projection alone (CLA section 2.3).
         """
@@ -148,15 +149,18 @@ class ModelConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: an unknown key, with the nearest valid name.
+            ValueError: an unknown key, with the nearest valid name, or one that is missing.
         """
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        names = {f.name for f in dataclasses.fields(cls)} - {"sharing"} | {"sharing_pattern"}
+        required = required & names | {"sharing_pattern"}
+        for key in values.keys() - names:
+            near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key {key!r} in a model config; the nearest is {near!r}")
+        if missing := sorted(required - values.keys()):
+            raise ValueError(f"a model config lacks {', '.join(missing)}")
         values = dict(values)
         sharing = KVSharing.from_sharing_pattern(values.pop("sharing_pattern"))
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "sharing"]
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-                raise ValueError(f"unknown key {key!r} in a model config; the nearest is {near!r}")
         return cls(sharing=sharing, **values)
 
 
@@ -245,28 +249,33 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer updates.
+        micro_batch_size: sequences per forward and backward pass, whose gradients are summed in
+            float32; divides the batch size. 0: the whole batch at once.
         seed: of the parameters.
         eval_every: steps between validations; the last step always validates. 0: only the last.
         eval_batches: validation batches each time; 0 is the whole validation stream.
-        checkpoint_every: steps between checkpoints; the last step always saves. 0: only the last.
+        checkpoint_every: steps between checkpoints; the last step always saves. 0: only the last,
+            so an interrupted run starts over.
         keep_checkpoints: how many of the newest to keep.
         log_every: steps between metric records.
     """
 
     steps: int
+    micro_batch_size: int = 0
     seed: int = 0
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     execution: ExecutionConfig = ExecutionConfig()
     eval_every: int = 0
     eval_batches: int = 0
-    checkpoint_every: int = 0
+    checkpoint_every: int = 200
     keep_checkpoints: int = 2
     log_every: int = 1
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("eval_every", 0), ("eval_batches", 0),
                              ("checkpoint_every", 0), ("keep_checkpoints", 1),
+                             ("micro_batch_size", 0),
                              ("log_every", 1)):  # fmt: skip
             if getattr(self, field) < least:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least {least}")

@@ -6,9 +6,10 @@ At `1B` and `3B` they are the paper's (CLA section 3.1 and Table 2). `mini` is f
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from cla_jax.configs import DataConfig, ExecutionConfig, OptimizerConfig, TrainConfig
 from cla_jax.registry import match_models
@@ -25,6 +26,7 @@ __all__ = [
     "next_rate",
     "open_data",
     "recipe",
+    "run_experiment",
 ]
 
 _LOSS_CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB of a 50,432-word vocabulary's
@@ -38,6 +40,7 @@ class Scale:
         tokens: training tokens.
         sequence_length: tokens per sequence.
         batch_size: sequences per step.
+        micro_batch: sequences per forward and backward pass, gradients summed; 0: all at once.
         learning_rate: peak, where the experiment does not search for it.
         first_rate: where the search for it begins.
         validation_tokens: at most, each time.
@@ -49,6 +52,7 @@ class Scale:
     tokens: int
     sequence_length: int
     batch_size: int
+    micro_batch: int
     learning_rate: float
     first_rate: float
     validation_tokens: int
@@ -61,21 +65,24 @@ class Scale:
 _GPU = ExecutionConfig(unroll=20, loss_chunk=_LOSS_CHUNK)
 SCALES: dict[str, Scale] = {
     "tiny": Scale(
-        tokens=150 * 8 * 256, sequence_length=256, batch_size=8, learning_rate=3e-3,
+        tokens=150 * 8 * 256, sequence_length=256, batch_size=8, micro_batch=0, learning_rate=3e-3,
         first_rate=1e-3, validation_tokens=24 * 8 * 256, validations=3, log_every=1,
         execution=ExecutionConfig(compute_dtype="float32"),  # bfloat16 is slow on CPUs
     ),
     "mini": Scale(
-        tokens=100_000_000, sequence_length=2048, batch_size=16, learning_rate=1e-3,
-        first_rate=3e-4, validation_tokens=1_000_000, validations=10, log_every=10, execution=_GPU,
+        tokens=100_000_000, sequence_length=2048, batch_size=16, micro_batch=0,
+        learning_rate=1e-3, first_rate=3e-4, validation_tokens=1_000_000, validations=10,
+        log_every=10, execution=_GPU,
     ),
     "1B": Scale(
-        tokens=30_000_000_000, sequence_length=2048, batch_size=2048, learning_rate=3e-4,
-        first_rate=3e-4, validation_tokens=4_000_000, validations=20, log_every=1, execution=_GPU,
+        tokens=30_000_000_000, sequence_length=2048, batch_size=2048, micro_batch=16,
+        learning_rate=3e-4, first_rate=3e-4, validation_tokens=4_000_000, validations=20,
+        log_every=1, execution=_GPU,
     ),
     "3B": Scale(
-        tokens=100_000_000_000, sequence_length=2048, batch_size=2048, learning_rate=1e-3,
-        first_rate=3e-4, validation_tokens=4_000_000, validations=20, log_every=1, execution=_GPU,
+        tokens=100_000_000_000, sequence_length=2048, batch_size=2048, micro_batch=8,
+        learning_rate=1e-3, first_rate=3e-4, validation_tokens=4_000_000, validations=20,
+        log_every=1, execution=_GPU,
     ),
 }  # fmt: skip
 
@@ -86,6 +93,7 @@ def recipe(
     tokens: float | None = None,
     learning_rate: float | None = None,
     batch_size: int | None = None,
+    micro_batch: int | None = None,
     seed: int = 0,
 ) -> TrainConfig:
     """The recipe of a run; what is None is the scale's.
@@ -106,14 +114,19 @@ def recipe(
             f"takes; the least is {per_step}"
         )
     steps = round(wanted / per_step)
+    # The scale's micro-batch is made to divide; one that was asked for must.
+    micro = math.gcd(scale.micro_batch, size) if scale.micro_batch else 0
+    micro = micro if micro_batch is None else micro_batch
+    at_once = (micro or size) * scale.sequence_length
     return TrainConfig(
         steps=steps,
+        micro_batch_size=micro,
         seed=seed,
         data=data,
         optimizer=OptimizerConfig(scale.learning_rate if learning_rate is None else learning_rate),
-        execution=chunked(scale.execution, per_step),
+        execution=chunked(scale.execution, at_once),
         eval_every=max(steps // scale.validations, 1),
-        eval_batches=-(-scale.validation_tokens // per_step),
+        eval_batches=-(-scale.validation_tokens // at_once),  # batches as large as one pass,
         checkpoint_every=max(steps // scale.validations, 1),
         log_every=min(scale.log_every, steps),
     )
@@ -193,6 +206,31 @@ def open_data(data: Path | None, text: Path | None, scale: str, cache: Path) -> 
     return prepare_streams(prepare_corpus(corpus_at(text), cache), ByteTokenizer(), cache)
 
 
+def run_experiment(name: str, main: Callable[[], int]) -> NoReturn:
+    """Run an experiment and leave: 0 done, 1 refused or something failed, 128 + n by signal n.
+
+    What a user can mend is one line on standard error.
+
+    Args:
+        name: that the line begins with.
+        main: returns how many runs failed.
+    """
+    try:
+        failed = main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted; the same command goes on from the last checkpoint")
+    except Exception as error:
+        code = getattr(error, "exit_code", None)  # a run's `Interrupted`, without importing JAX
+        if code is None:
+            raise
+        print(f"{name}: stopped, {str(error).partition(';')[0]}; the same command goes on",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(code)
+    sys.exit(1 if failed else 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class ExperimentOptions:
     """What the CLA training experiments have in common on the command line."""
@@ -209,6 +247,8 @@ class ExperimentOptions:
     """Training tokens of each run, such as 20e6. Default: the scale's."""
     batch_size: int | None = None
     """Sequences per step. Default: the scale's."""
+    micro_batch: int | None = None
+    """Sequences per forward and backward pass; 0: the whole batch. Default: the scale's."""
     out: Path | None = None
     """Where runs, tables and figures go. Default: runs/EXPERIMENT-SCALE."""
     smoke: bool = False
@@ -224,7 +264,8 @@ class ExperimentOptions:
         if not self.smoke:
             return scale
         return dataclasses.replace(
-            scale, tokens=6 * 128, sequence_length=64, batch_size=2, validation_tokens=512,
+            scale, tokens=6 * 128, sequence_length=64, batch_size=2, micro_batch=0,
+            validation_tokens=512,
             validations=2, log_every=1,
         )  # fmt: skip
 
@@ -232,6 +273,7 @@ class ExperimentOptions:
         """The recipe of one run."""
         return recipe(
             self.preset(), tokens=self.tokens, batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
             learning_rate=learning_rate, seed=seed,
         )  # fmt: skip
 

@@ -324,6 +324,8 @@ def _groups(num_layers: int, factor: int) -> tuple[int, ...]:
 
 
 def _mlkv_layers(total_kv_heads: int, num_layers: int, kv_heads: int) -> int:
+    if kv_heads < 1:
+        raise ValueError(f"kv_heads={kv_heads}: expected at least 1")
     if total_kv_heads % kv_heads or not kv_heads <= total_kv_heads <= num_layers * kv_heads:
         valid = range(kv_heads, num_layers * kv_heads + 1, kv_heads)
         nearest = min(valid, key=lambda n: abs(n - total_kv_heads))

@@ -34,16 +34,16 @@ class Quickstart:
     """A UTF-8 text file, or a folder of .txt files. Default: the Python standard library."""
     out: Path = Path("runs/quickstart")
     """Where runs, figures and prepared text go."""
-    steps: int = 400
+    steps: int = 500
     """Training steps of each model."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences per step."""
     sequence_length: int = 256
     """Tokens (bytes) per sequence."""
     seed: int = 0
     """Of parameters and data order."""
     prompt: str | None = None
-    """What the CLA2 model continues. Default: the start of the validation text."""
+    """What the CLA2 model continues. Default: the start of your text's validation part."""
     new_tokens: int = 160
     """How many bytes it adds."""
 
@@ -56,7 +56,7 @@ class Quickstart:
             optimizer=OptimizerConfig(learning_rate=3e-3),
             execution=ExecutionConfig(compute_dtype="float32"),  # bfloat16 is slow on CPUs
             eval_every=max(self.steps // 4, 1),
-            eval_batches=24,
+            eval_batches=48,
             checkpoint_every=max(self.steps // 4, 1),
         )
 
@@ -64,11 +64,11 @@ class Quickstart:
 def main(options: Quickstart) -> None:
     """Run it."""
     began = time.perf_counter()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     training = options.training()
     # TFDS and Grain take seconds to import: not before the options are known to be good.
     from cla_jax.data import ByteTokenizer, corpus_at, prepare_corpus, prepare_streams
-    from cla_jax.inference import greedy
+    from cla_jax.inference import check_prompt, greedy
     from cla_jax.reporting import figures, load_run, tables
     from cla_jax.training import train
 
@@ -84,7 +84,13 @@ def main(options: Quickstart) -> None:
         f"{training.steps} steps of {options.batch_size} x {options.sequence_length} tokens each: "
         f"{passes / streams.train.num_tokens:.2f} passes over {streams.train.num_tokens:,} tokens"
     )
-    directory = options.out / info.fingerprint[:12]
+    prompt = options.prompt
+    if prompt is None and options.text is None:
+        prompt = "class Reader:\n    def __init__(self, "
+    elif prompt is None:
+        prompt = tokenizer.decode(streams.validation.tokens[:PROMPT_BYTES])
+    ids = check_prompt(model(SHARED), tokenizer.encode(prompt), options.new_tokens)
+    directory = options.out / f"{info.fingerprint[:12]}-{options.steps}-steps-seed-{options.seed}"
     trained = {
         name: train(model(name), training, streams, directory / name.replace("/", "-"), resume=True)
         for name in (BASELINE, SHARED)
@@ -94,30 +100,24 @@ def main(options: Quickstart) -> None:
     rows = tables.comparison(runs, baseline=runs[0])
     console.print()
     console.print(tables.terminal_table(rows, tables.COLUMNS))
-    (directory / "results.csv").write_text(tables.csv_text(rows, tables.COLUMNS), "utf-8")
     console.print(
         f"CLA2 caches {rows[1].cache_ratio:.2f} of the baseline's bytes at "
         f"{rows[1].perplexity_ratio:.3f} of its perplexity. At this size and budget a difference "
         "of a few percent is noise:\nanother --seed moves it as much. The papers' differences show "
         "at their scale."
     )
+    results = directory / "results.csv"
+    results.write_text(tables.csv_text(rows, tables.COLUMNS), "utf-8")
+    console.print(f"wrote {results}")
     for figure, stem in ((figures.loss_curves(runs), "loss"), (figures.pareto(runs), "pareto")):
         for path in figures.save(figure, directory / stem):
             console.print(f"wrote {path}")
 
-    prompt = options.prompt
-    if prompt is None:
-        prompt = tokenizer.decode(streams.validation.tokens[:PROMPT_BYTES])
     shared = trained[SHARED]
-    added = greedy(
-        shared.model(shared.params),
-        tokenizer.encode(prompt),
-        options.new_tokens,
-        tokenizer.end_of_text,
-    )
+    added = greedy(shared.model(shared.params), ids, options.new_tokens, tokenizer.end_of_text)
     console.print(f"\n{SHARED} continues, greedily, after {training.steps} steps:")
-    console.print(f"[dim]{prompt}[/dim]", markup=True, end="")
-    console.print(tokenizer.decode(added), markup=False)
+    console.print(prompt, style="dim", end="")
+    console.print(tokenizer.decode(added))
     console.print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 

@@ -110,7 +110,7 @@ def test_diagram_of_explicit_owners_needs_no_depth(run):
         (["owners=0,2,2"], ["layer 1", "layer 2", "nearest"]),
         (["owners=0,0,2", "--layers", "4"], ["maps 3 layers", "4"]),
         (["none", "--layers", "0"], ["num_layers=0"]),
-        (["CLA2"], ["'CLA2'", "nearest"]),
+        (["CLA2"], ["'CLA2'", "--layers"]),
     ],
 )
 def test_diagram_refuses(run, arguments, parts):

@@ -101,7 +101,6 @@ def test_unknown_key_names_the_nearest(wrong, nearest):
         ModelConfig.from_dict({**small().to_dict(), wrong: 1})
 
 
-@pytest.mark.xfail(reason="KeyError or TypeError today", strict=True, raises=(KeyError, TypeError))
 @pytest.mark.parametrize("missing", ["sharing_pattern", "d_model"])
 def test_missing_or_misspelled_required_key_is_a_value_error(missing):
     values = small().to_dict()

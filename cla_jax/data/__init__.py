@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cla_jax.data.pipeline import (
         EvaluationWindows,
         TokenWindows,
+        batch_rows,
         batches,
         data_fingerprint,
         evaluation_batches,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cla_jax.data.preparation import CorpusInfo, prepare_corpus, prepare_streams
 
 _PIPELINE = (
+    "batch_rows",
     "EvaluationWindows",
     "TokenWindows",
     "batches",
@@ -43,6 +45,7 @@ __all__ = [
     "TokenStream",
     "TokenWindows",
     "Tokenizer",
+    "batch_rows",
     "batches",
     "corpus_at",
     "data_fingerprint",

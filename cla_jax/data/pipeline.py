@@ -14,7 +14,14 @@ import numpy as np
 from cla_jax.configs import DataConfig
 from cla_jax.data.token_stream import TokenStream
 
-__all__ = ["EvaluationWindows", "TokenWindows", "batches", "data_fingerprint", "evaluation_batches"]
+__all__ = [
+    "EvaluationWindows",
+    "TokenWindows",
+    "batch_rows",
+    "batches",
+    "data_fingerprint",
+    "evaluation_batches",
+]
 
 # Windows are small and made quickly: a few batches ahead hide the page faults.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -174,6 +181,14 @@ def evaluation_batches(
     )
     dataset = grain.MapDataset.source(windows)[process_index::process_count]
     return dataset.batch(local_batch, drop_remainder=True).to_iter_dataset(_READ_OPTIONS)
+
+
+def batch_rows(stream: TokenStream, config: DataConfig, index: int) -> list[int]:
+    """Which rows batch `index` (counted from 0, over all processes) of `batches` holds."""
+    count = len(_PACKINGS[config.packing](stream, config))
+    order = grain.MapDataset.range(count).seed(config.seed).shuffle().repeat()
+    start = index * config.batch_size
+    return [int(order[i]) for i in range(start, start + config.batch_size)]
 
 
 def data_fingerprint(

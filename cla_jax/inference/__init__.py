@@ -1,5 +1,5 @@
 """Generation."""
 
-from cla_jax.inference.generate import greedy
+from cla_jax.inference.generate import check_prompt, greedy
 
-__all__ = ["greedy"]
+__all__ = ["check_prompt", "greedy"]

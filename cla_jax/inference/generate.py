@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from cla_jax.configs import ModelConfig
 from cla_jax.models import Decoder
 
 
@@ -29,7 +30,22 @@ def greedy(
         ValueError: an empty prompt, an id outside the vocabulary, a negative `new_tokens`, or more
             tokens in all than the model's sequence length.
     """
-    config = decoder.config
+    ids = check_prompt(decoder.config, prompt, new_tokens)
+    buffer = np.zeros((1, ids.size + new_tokens), np.int32)
+    buffer[0, : ids.size] = ids
+    filled = np.asarray(_fill(decoder, jnp.asarray(buffer), jnp.int32(ids.size)))[0, ids.size :]
+    stops = np.flatnonzero(filled == end_of_text)
+    return filled[: stops[0] if stops.size else None].tolist()
+
+
+def check_prompt(
+    config: ModelConfig, prompt: Sequence[int] | np.ndarray, new_tokens: int
+) -> np.ndarray:
+    """The prompt as int32 ids `[T]`, if `greedy` will take it: for callers with long work before.
+
+    Raises:
+        ValueError: as `greedy`.
+    """
     ids = np.asarray(prompt, np.int32)
     if not ids.size:
         raise ValueError("the prompt is empty: give at least one token")
@@ -46,11 +62,7 @@ def greedy(
             f"length of {config.sequence_length}; at most "
             f"{max(config.sequence_length - ids.size, 0)} can be added to this prompt"
         )
-    buffer = np.zeros((1, ids.size + new_tokens), np.int32)
-    buffer[0, : ids.size] = ids
-    filled = np.asarray(_fill(decoder, jnp.asarray(buffer), jnp.int32(ids.size)))[0, ids.size :]
-    stops = np.flatnonzero(filled == end_of_text)
-    return filled[: stops[0] if stops.size else None].tolist()
+    return ids
 
 
 @functools.partial(jax.jit, donate_argnums=1)

@@ -53,12 +53,19 @@ class AttentionPath:
     reason: str
 
 
-def attention_path(head_dim: int, dtype: jnp.dtype) -> AttentionPath:
+def attention_path(
+    head_dim: int, dtype: jnp.dtype, masked_length: int | None = None
+) -> AttentionPath:
     """The implementation for a head dim and dtype on the default device.
 
     cuDNN's fused attention on NVIDIA GPUs from compute capability 8.0, for 16-bit types and head
     dims up to 256 (128 before Hopper), in multiples of 8; XLA for everything else, which
     materialises the scores.
+
+    Args:
+        head_dim: `H`.
+        dtype: of queries, keys and values.
+        masked_length: `T`, where a document mask is used: cuDNN takes masks of even length.
     """
     device = jax.devices()[0]
     if device.platform not in ("gpu", "cuda"):
@@ -73,6 +80,9 @@ def attention_path(head_dim: int, dtype: jnp.dtype) -> AttentionPath:
         return AttentionPath(
             "xla", head_dim, f"cuDNN takes head dims up to {largest} here, this is {head_dim}"
         )
+    if masked_length is not None and masked_length % 2:
+        why = f"cuDNN takes masks of even length, this is {masked_length}"
+        return AttentionPath("xla", head_dim, why)
     padded = -(-head_dim // _CUDNN_HEAD_DIM_MULTIPLE) * _CUDNN_HEAD_DIM_MULTIPLE
     why = "fused" if padded == head_dim else f"fused, head dim {head_dim} zero-padded to {padded}"
     return AttentionPath("cudnn", padded, why)
@@ -90,7 +100,7 @@ def attend(
         `[B, T, N, H]` in the dtype of `q`.
     """
     head_dim = q.shape[-1]
-    path = attention_path(head_dim, q.dtype)
+    path = attention_path(head_dim, q.dtype, None if documents is None else q.shape[1])
     mask: Bool[Array, "B 1 T T"] | None = None
     if documents is not None:
         mask = documents[:, None, :, None] == documents[:, None, None, :]

@@ -67,8 +67,8 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: ids below `config.vocab_size`.
-            documents: document of each token. When given, attention stays within a document and
-                positions restart at its start.
+            documents: document of each token, an id that does not come back later in its row. When
+                given, attention stays within a document and positions restart at its start.
         """
         return self.unembed(self.hidden(tokens, documents))
 
@@ -94,14 +94,17 @@ class Decoder(nnx.Module):
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, float32, of activations after the final norm."""
-        kernel = self.embedding.embedding[...].T if self.head is None else self.head[...]
         logits = jnp.einsum(
             "BTD,DV->BTV",
             hidden,
-            kernel.astype(hidden.dtype),
+            self.unembedding().astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
         return constrain(logits, "batch", "length", "vocab")
+
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The output projection, float32; the embedding's transpose where they are tied."""
+        return self.embedding.embedding[...].T if self.head is None else self.head[...]
 
     def layer(self, index: int) -> DecoderLayer:
         """One layer by its index, with parameters of its own shape rather than stacked."""

@@ -34,13 +34,22 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], kv: KV | None, context: LayerContext
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """Run the layer; `kv` is None for an owner."""
+        """Run the layer; `kv` is None for an owner.
+
+        Raises:
+            ValueError: an owner was given K/V, or a reader none.
+        """
+        if (self.kv_projection is None) == (kv is None):
+            role, given = ("reads", "given none") if kv is None else ("owns", "given another's")
+            raise ValueError(
+                f"a layer that {role} K/V was {given}: its parameters were made for another "
+                "sharing map"
+            )
         h = self.attention_norm(x)
         if self.kv_projection is not None:
             own = h if self.kv_norm is None else self.kv_norm(x)
             kv = self.kv_projection(own, context.rotary)
-        if kv is None:
-            raise ValueError("a layer that owns no K/V was given none to read")
+        assert kv is not None
         attended = self.attention(h, kv, context)
         if self.parallel_residual:
             x = x + attended + self.ffn(self.ffn_norm(x))

@@ -161,7 +161,9 @@ def _run_segment(
     def step(carry: tuple[Any, Any], parameters: list[Any]) -> tuple[tuple[Any, Any], None]:
         return body(carry[0], parameters), None
 
-    carry, _ = jax.lax.scan(step, (x, empty), stacked, unroll=min(execution.unroll, repeats))
+    carry, _ = jax.lax.scan(
+        step, (x, empty), stacked, length=repeats, unroll=min(execution.unroll, repeats)
+    )
     return carry
 
 
@@ -187,10 +189,13 @@ def _at(stacked: Any, repeat: int) -> Any:
 def _check_stacked(sharing: KVSharing, layers: Layers) -> None:
     expected = [(segment.period, segment.repeats) for segment in sharing.segments]
     found = [
-        (len(stacked), jax.tree.leaves(stacked[0])[0].shape[0]) if len(stacked) else (0, 0)
-        for stacked in layers
+        (
+            len(stacked),
+            leaves[0].shape[0] if (leaves := jax.tree.leaves(list(stacked))) else repeats,
+        )
+        for stacked, (_, repeats) in zip(layers, expected, strict=False)
     ]
-    if found != expected:
+    if found != expected or len(layers) != len(expected):
         raise ValueError(
             f"layers are stacked as (period, repeats) {found}; the sharing map "
             f"{sharing.owners} needs {expected}: build them with stack_layers"

@@ -1,6 +1,7 @@
 """Training: optimizer, step, checkpoints, metrics and the loop."""
 
-from cla_jax.training.step import Model, TrainState, init_state, make_train_step, token_losses
+from cla_jax.training.loss import token_losses, weighted_loss
+from cla_jax.training.step import Model, TrainState, init_state, make_train_step
 from cla_jax.training.trainer import Trained, check_run, train
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "make_train_step",
     "token_losses",
     "train",
+    "weighted_loss",
 ]

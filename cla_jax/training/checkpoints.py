@@ -86,23 +86,31 @@ class Checkpoints:
             like: arrays or shapes of the state to restore into.
 
         Raises:
-            ValueError: the checkpoint belongs to another architecture or other data; names every
-                field that differs. Nothing is changed.
+            ValueError: the checkpoint belongs to another architecture or other data (names every
+                field that differs), or is damaged. Nothing is changed.
         """
         step = self.latest_step
         if step is None:
             return None
-        args = ocp.args.Composite(identity=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)["identity"]
-        check_identity(saved, self.identity, f"the checkpoint {self.directory / str(step)}")
+        where = f"the checkpoint {self.directory / str(step)}"
+        saved = self._items(step, where, identity=ocp.args.JsonRestore())["identity"]
+        check_identity(saved, self.identity, where)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restored = self._manager.restore(
+        items = self._items(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-            ),
+            where,
+            state=ocp.args.StandardRestore(abstract),
+            data=ocp.args.JsonRestore(),
         )
-        return Restored(restored["state"], restored["data"])
+        return Restored(items["state"], items["data"])
+
+    def _items(self, step: int, where: str, **args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (KeyError, FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"{where} is damaged: {error}. Move it away, and the one before it is taken"
+            ) from error
 
 
 def check_identity(

@@ -16,9 +16,9 @@ _PEAK_FLOPS = {
 }
 
 
-def peak_flops() -> float | None:
-    """Dense bfloat16 peak of all devices together, FLOP/s; None for a device not in the table."""
+def peak_flops(devices: int = 1) -> float | None:
+    """Dense bfloat16 peak of so many devices, FLOP/s; None for a device not in the table."""
     kind = jax.devices()[0].device_kind
     matches = [peak for name, peak in _PEAK_FLOPS.items() if kind.startswith(name)]
-    # Longest name wins ("TPU v5 lite" over "TPU v5"): dictionaries keep the table's order.
-    return matches[0] * jax.device_count() if matches else None
+    # The first match is the longest name ("TPU v5 lite" before "TPU v5"): the table's order.
+    return matches[0] * devices if matches else None

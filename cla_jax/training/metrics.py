@@ -36,9 +36,15 @@ class MetricLog:
         replacement.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
         os.replace(replacement, path)
         self._file = path.open("a", encoding="utf-8")
+        self._last = {name: record["step"] for record in kept for name in record}
+
+    def last_step(self, name: str) -> int | None:
+        """Step of the last record that holds a value of this name."""
+        return self._last.get(name)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
+        self._last |= dict.fromkeys(record, record["step"])
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.models import Decoder
+from cla_jax.training.loss import token_losses, weighted_loss
 
 type Params = dict[str, Any]
 type Batch = dict[str, Any]
@@ -64,69 +64,60 @@ class Model:
         return cast(Decoder, nnx.merge(self._graphdef, state))
 
 
-def token_losses(
-    model: Decoder,
-    tokens: Int[Array, "B window"],
-    documents: Int[Array, "B window"] | None = None,
-) -> Float[Array, "B T"]:
-    """Cross-entropy, in nats, of every next token.
-
-    `execution.loss_chunk` bounds how many tokens' logits exist at a time: they are made, reduced
-    and, in the backward pass, made again, chunk by chunk.
-    """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    hidden = model.hidden(inputs, None if documents is None else documents[:, :-1])
-
-    def losses(hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        logits = model.unembed(hidden)
-        with jax.numpy_dtype_promotion("standard"):
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-    chunk, count = model.execution.loss_chunk, targets.size
-    if not chunk or chunk >= count:
-        return losses(hidden, targets)
-    check_loss_chunk(chunk, count)
-    chunked = jax.lax.map(
-        lambda xy: jax.checkpoint(losses)(*xy),
-        (hidden.reshape(-1, 1, chunk, hidden.shape[-1]), targets.reshape(-1, 1, chunk)),
-    )
-    return chunked.reshape(targets.shape)
-
-
-def check_loss_chunk(chunk: int, tokens: int) -> None:
-    """Whether a batch's tokens are a whole number of chunks (or fewer than one).
-
-    Raises:
-        ValueError: names the nearest chunk that divides.
-    """
-    if chunk and chunk < tokens and tokens % chunk:
-        divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - chunk))
-        raise ValueError(
-            f"loss_chunk={chunk} does not divide the batch's {tokens} tokens; the nearest that "
-            f"does is {nearest}"
-        )
-
-
-def make_train_step(model: Model, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
+def make_train_step(
+    model: Model, optimizer: optax.GradientTransformation, micro_batches: int = 1
+) -> jax.stages.Wrapped:
     """The jitted update `(state, batch) -> (state, metrics)`; the state passed in is donated.
 
-    Metrics: `loss`, the mean over the batch's tokens, and `gradient_norm`, before clipping.
+    The loss is the mean over the batch's tokens, over those that `batch["mask"]` counts where there
+    is one. A step whose loss or gradient is not finite leaves the state as it was.
+
+    Args:
+        model: the decoder.
+        optimizer: of its parameters.
+        micro_batches: forward and backward passes that a batch is cut into; their gradients are
+            summed in float32 (CLA section 3.1). Divides the batch.
+
+    Returns:
+        The step. Metrics: `loss`, and `gradient_norm` before clipping, both float32.
     """
 
     def loss_fn(params: Params, batch: Batch) -> jax.Array:
-        losses = token_losses(model(params), batch["tokens"], batch.get("documents"))
-        return losses.mean()
+        return weighted_loss(
+            model(params), batch["tokens"], batch["weights"], batch.get("documents")
+        )
+
+    def loss_and_gradients(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        rows, window = batch["tokens"].shape
+        mask = batch.get("mask", jnp.ones((rows, window - 1), jnp.float32))
+        batch = {**batch, "weights": mask / mask.sum()}
+        if micro_batches == 1:
+            return jax.value_and_grad(loss_fn)(params, batch)
+        # Strided, not contiguous: every device keeps rows of its own in each micro-batch.
+        micro = jax.tree.map(
+            lambda x: x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1),
+            batch,
+        )
+
+        def add(total: Any, rows: Batch) -> tuple[Any, None]:
+            one = jax.value_and_grad(loss_fn)(params, rows)
+            return jax.tree.map(jnp.add, total, one), None
+
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zeros, micro)[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.named_scope("forward_backward"):
-            loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+            loss, grads = loss_and_gradients(state.params, batch)
         with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
+            norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = cast(Params, optax.apply_updates(state.params, updates))
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+            updated = TrainState(state.step + 1, params, opt_state)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return state, {"loss": loss, "gradient_norm": norm}
 
     return train_step
 

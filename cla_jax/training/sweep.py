@@ -21,6 +21,7 @@ from rich.console import Console
 from cla_jax.configs import ModelConfig, TrainConfig
 from cla_jax.data.token_stream import Streams
 from cla_jax.training.checkpoints import check_identity
+from cla_jax.training.interruption import Interrupted
 from cla_jax.training.trainer import check_run, train
 
 __all__ = ["Entry", "Outcome", "Sweep", "failures"]
@@ -95,13 +96,14 @@ class Sweep:
         """Train every entry in order: finished ones are skipped, interrupted ones resumed.
 
         An entry that fails is reported at once, and in its outcome, and the others still run. An
-        interrupt ends the sweep; the same call goes on where it was.
+        interrupt (SIGTERM too, which saves) ends the sweep; the same call goes on where it was.
 
         Args:
             entries: what to train.
             what: an entry's name in the progress lines: "model 3 of 20".
 
         Raises:
+            Interrupted: a signal stopped a run, which was saved.
             ValueError: an entry that `train` would refuse, or whose directory holds a run of
                 another configuration; all are looked at before the first is trained.
         """
@@ -155,6 +157,8 @@ class Sweep:
             message = f"diverged: {error}"
             _write_atomically(place / "diverged.txt", message + "\n")
             return Outcome(entry, error=message, diverged=True)
+        except Interrupted:
+            raise
         except Exception as error:
             # Out of memory, a full disk or a bug: the other runs are not to blame.
             if not isinstance(error, (ValueError, OSError)):

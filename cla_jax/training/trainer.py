@@ -1,17 +1,9 @@
-"""The training loop: one model, one run directory.
-
-A run directory holds `config.json` (resolved configuration, package versions, data fingerprint),
-`metrics.jsonl`, `checkpoints/` and, when finished, `result.json`.
-"""
+"""The training loop: one model, one run directory."""
 
 import dataclasses
-import importlib.metadata
-import json
 import math
 import os
-import platform
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +11,32 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.configs import DataConfig, ModelConfig, TrainConfig
-from cla_jax.data.pipeline import batches, data_fingerprint, evaluation_batches
+from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
-from cla_jax.training.checkpoints import Checkpoints, check_identity
+from cla_jax.training.checkpoints import Checkpoints
 from cla_jax.training.hardware import peak_flops
+from cla_jax.training.interruption import Interrupted, StopRequest
+from cla_jax.training.loss import check_loss_chunk
 from cla_jax.training.metrics import MetricLog, TrainingProgress, read_metrics
 from cla_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from cla_jax.training.run_directory import (
+    check_directory,
+    identity_of,
+    read_json,
+    versions,
+    write_json,
+)
 from cla_jax.training.step import (
     Model,
     Params,
     TrainState,
-    check_loss_chunk,
     init_state,
     make_eval_step,
     make_train_step,
 )
 
 _LARGEST_LOSS = 700.0  # nats: whose exponential is still a float
-_PACKAGES = ("cla-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +78,23 @@ def train(
             it, a directory that already holds a run is refused.
 
     Raises:
-        ValueError: a tokenizer larger than the model's vocabulary, a stream shorter than one batch,
-            a `loss_chunk` that does not divide the batch, a directory that holds a run (of another
-            configuration, or without `resume`). All of them before anything is written.
+        ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
+            the model's, a stream shorter than one batch, a `loss_chunk` that does not divide the
+            batch, a directory that holds a run (of another configuration, or without `resume`). All
+            of them before anything is written.
         FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
             perplexity; nothing of it is saved, checkpoints stay as they are.
     """
     directory = Path(directory)
     identity = check_run(config, training, streams, directory, resume=resume)
+    micro_batches = _micro_batches(training)
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
     resolved = {
         **identity,
         "execution": dataclasses.asdict(training.execution),
         "attention": f"{path.implementation}: {path.reason}",
-        "versions": _versions(),
+        "versions": versions(),
     }
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
@@ -102,21 +103,23 @@ def train(
                             process_index=jax.process_index(),
                             process_count=jax.process_count()))  # fmt: skip
 
+    result_file = directory / "result.json"
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", resolved)
+    if not result_file.exists():
+        write_json(directory / "config.json", resolved)
     with Checkpoints(
         directory / "checkpoints", identity, keep=training.keep_checkpoints
     ) as checkpoints:
         if (restored := checkpoints.restore(state)) is not None:
             state = restored.state
             iterator.set_state(restored.data)
-        if (directory / "result.json").exists():
+        if result_file.exists():
             if restored is None:
                 raise ValueError(
                     f"{directory} holds a finished run but no checkpoint: put its checkpoints "
                     "back, or train in another directory"
                 )
-            return Trained(directory, model, state.params, _read_json(directory / "result.json"))
+            return Trained(directory, model, state.params, read_json(result_file))
         start = int(state.step)
         with (
             MetricLog(directory / "metrics.jsonl", resume_step=start) as log,
@@ -125,14 +128,18 @@ def train(
             progress.say(f"{config.name}: attention {resolved['attention']}")
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
-            loop = _Loop(model, training, streams, checkpoints, log, progress)
+            loop = _Loop(
+                model, training, streams, checkpoints, log, progress, len(state.step.devices())
+            )
             if start < training.steps:
-                state = loop.run(state, iterator, make_train_step(model, optimizer))
+                state = loop.run(state, iterator, make_train_step(model, optimizer, micro_batches))
+            if log.last_step("validation_loss") != training.steps:
                 loop.validate(state)
+            if start < training.steps:
                 checkpoints.save(state, iterator.get_state())
         checkpoints.wait()
     result = _result(config, training, read_metrics(directory / "metrics.jsonl"))
-    _write_json(directory / "result.json", result)
+    write_json(result_file, result)
     return Trained(directory, model, state.params, result)
 
 
@@ -153,15 +160,12 @@ def check_run(
         ValueError: as `train`.
     """
     _check_streams(config, training.data, streams)
-    check_loss_chunk(training.execution.loss_chunk, _tokens_per_step(training.data))
-    identity = _as_json(
-        {
-            "model": config.to_dict(),
-            "training": _recipe(training),
-            "data": data_fingerprint(streams.train, training.data, jax.process_count()),
-        }
+    check_loss_chunk(
+        training.execution.loss_chunk,
+        _tokens_per_step(training.data) // _micro_batches(training),
     )
-    _check_directory(Path(directory), identity, resume)
+    identity = identity_of(config, training, streams)
+    check_directory(Path(directory), identity, resume)
     return identity
 
 
@@ -203,77 +207,97 @@ class _Loop:
         checkpoints: Checkpoints,
         log: MetricLog,
         progress: TrainingProgress,
+        devices: int,
     ) -> None:
         self.training, self.streams = training, streams
         self.checkpoints, self.log, self.progress = checkpoints, log, progress
         self.eval_step = make_eval_step(model)
         self.schedule = learning_rate_schedule(training.optimizer, training.steps)
         self.tokens_per_step = _tokens_per_step(training.data)
-        peak = peak_flops()
+        peak = peak_flops(devices)
         flops = model.config.flops_per_token(training.data.sequence_length)
         self.mfu_per_rate = flops / peak if peak else None
         self._pending: tuple[int, Any] | None = None
         self._clock, self._logged = time.perf_counter(), 0
 
     def run(self, state: TrainState, iterator: Any, train_step: Any) -> TrainState:
-        """Steps up to the last."""
+        """Steps up to the last.
+
+        Raises:
+            Interrupted: a signal came; the state was saved.
+        """
         training, step = self.training, int(state.step)
         self._clock, self._logged = time.perf_counter(), step
-        while step < training.steps:
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = train_step(state, next(iterator))
-            step += 1
-            # A step's metrics are read when the next is under way, so that reading never idles the
-            # device.
-            self._flush()
-            if step % training.log_every == 0 or step == training.steps:
+        with StopRequest() as stop:
+            while step < training.steps:
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = train_step(state, next(iterator))
+                step += 1
+                # A step's metrics are read when the next is under way, so that reading never idles
+                # the device.
+                self._flush()
                 self._pending = (step, metrics)
-            if step == training.steps:
-                break
-            if training.eval_every and step % training.eval_every == 0:
-                self._flush()
-                self.validate(state)
-                self._clock = time.perf_counter()
-            if training.checkpoint_every and step % training.checkpoint_every == 0:
-                self._flush()
-                _check_finite(step, metrics)  # this step's may not be logged
-                self.checkpoints.save(state, iterator.get_state())
-        self._flush()
+                if step == training.steps:
+                    break
+                if _every(training.eval_every, step):
+                    self._flush()
+                    self.validate(state)
+                    self._clock = time.perf_counter()
+                if _every(training.checkpoint_every, step) or stop.signal is not None:
+                    self._flush()
+                    self.checkpoints.save(state, iterator.get_state())
+                if stop.signal is not None:
+                    self.checkpoints.wait()
+                    raise Interrupted(stop.signal, step)
+            self._flush()
         return state
 
     def _flush(self) -> None:
-        """Record the metrics that were left for later."""
+        """Check the metrics that were left for later, and record them where that is due."""
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
-        values = {name: float(value) for name, value in metrics.items()}
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise self._diverged(name, step, value)
+        if step % self.training.log_every and step != self.training.steps:
+            return
         now = time.perf_counter()
         rate = (step - self._logged) * self.tokens_per_step / (now - self._clock)
         self._clock, self._logged = now, step
-        self._record(step, values, rate)
-
-    def _record(self, step: int, values: dict[str, float], rate: float) -> None:
-        _check_finite(step, values)
         self.log.write(
             {
                 "step": step,
                 "tokens": step * self.tokens_per_step,
-                "loss": values["loss"],
+                "loss": loss,
                 "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
-                "gradient_norm": values["gradient_norm"],
+                "gradient_norm": norm,
                 "tokens_per_second": rate,
             }
         )
         mfu = rate * self.mfu_per_rate if self.mfu_per_rate else None
-        self.progress.update(step, values["loss"], rate, mfu)
+        self.progress.update(step, loss, rate, mfu)
+
+    def _diverged(self, name: str, step: int, value: float) -> FloatingPointError:
+        rows = batch_rows(self.streams.train, self.training.data, step - 1)
+        saved = self.checkpoints.latest_step
+        return FloatingPointError(
+            f"the {name} of step {step} is {value}; its update was not applied. The batch is "
+            f"rows {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''} of the "
+            f"training stream; the last checkpoint is "
+            f"{'none' if saved is None else f'step {saved}'}. A lower learning rate or a longer "
+            "warm-up is the usual cure"
+        )
 
     def validate(self, state: TrainState) -> float:
         """Mean loss over the validation stream, in nats per token; recorded."""
         data = self.training.data
         total = count = 0.0
         dataset = evaluation_batches(
-            self.streams.validation, data.sequence_length, data.batch_size,
+            self.streams.validation, data.sequence_length,
+            self.training.micro_batch_size or data.batch_size,
             document_ids=data.document_mask,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
@@ -284,7 +308,10 @@ class _Loop:
             total, count = total + float(losses), count + float(tokens)
         loss, step = total / count, int(state.step)
         if not loss < _LARGEST_LOSS:
-            raise _diverged("validation loss", step, loss)
+            raise FloatingPointError(
+                f"the validation loss of step {step} is {loss}: it has no perplexity. A lower "
+                "learning rate or a longer warm-up is the usual cure"
+            )
         self.log.write(
             {
                 "step": step,
@@ -297,21 +324,6 @@ class _Loop:
         return loss
 
 
-def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
-    # A gradient that is not finite has already spoiled the parameters, though the loss shows it
-    # only a step later.
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(value := float(metrics[name])):
-            raise _diverged(name.replace("_", " "), step, value)
-
-
-def _diverged(name: str, step: int, value: float) -> FloatingPointError:
-    return FloatingPointError(
-        f"the {name} of step {step} is {value}; the last checkpoint is untouched. "
-        "A lower learning rate or a longer warm-up is the usual cure"
-    )
-
-
 def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> None:
     for stream in (streams.train, streams.validation):
         if stream.vocab_size > config.vocab_size:
@@ -320,6 +332,11 @@ def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> N
                 f"{config.name}'s vocab_size={config.vocab_size}: use a model with at least "
                 f"{stream.vocab_size}, or a smaller tokenizer"
             )
+    if data.sequence_length > config.sequence_length:
+        raise ValueError(
+            f"sequence_length={data.sequence_length} is longer than {config.name}'s "
+            f"{config.sequence_length}; the longest that it takes is {config.sequence_length}"
+        )
     _check_length(streams.train, data)
     if streams.validation.num_tokens < 2:
         raise ValueError("the validation stream has no token to predict: give it more text")
@@ -339,61 +356,23 @@ def _check_length(stream: TokenStream, data: DataConfig) -> None:
         )
 
 
-def _check_directory(directory: Path, identity: dict[str, Any], resume: bool) -> None:
-    config = directory / "config.json"
-    if config.exists():
-        saved = _read_json(config)
-        sections = {k: v for k, v in saved.items() if k in identity and isinstance(v, dict)}
-        check_identity(sections, identity, f"the run in {directory}")
-        if not resume:
-            raise ValueError(
-                f"{directory} already holds this run: resume it (--resume), or choose another "
-                "directory"
-            )
-    elif directory.exists() and any(directory.iterdir()):
-        raise ValueError(
-            f"{directory} is not empty and holds no run; nothing in it was touched: choose another "
-            "directory"
-        )
-
-
-def _recipe(training: TrainConfig) -> dict[str, Any]:
-    """What decides the numbers of a run, apart from architecture and data."""
-    recipe: dict[str, Any] = {"steps": training.steps, "seed": training.seed}
-    recipe |= {f"optimizer.{k}": v for k, v in dataclasses.asdict(training.optimizer).items()}
-    return recipe | {"compute_dtype": training.execution.compute_dtype}
-
-
 def _tokens_per_step(data: DataConfig) -> int:
     return data.batch_size * data.sequence_length
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+def _every(interval: int, step: int) -> bool:
+    return bool(interval) and step % interval == 0
 
 
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as they will be read back."""
-    return json.loads(json.dumps(values))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a run's: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a run's: it holds no JSON object")
-    return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    replacement = path.with_name(path.name + ".new")
-    replacement.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    os.replace(replacement, path)
+def _micro_batches(training: TrainConfig) -> int:
+    batch, micro = training.data.batch_size, training.micro_batch_size
+    if not micro:
+        return 1
+    if batch % micro:
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - micro))
+        raise ValueError(
+            f"micro_batch_size={micro} does not divide batch_size={batch}; the nearest that does "
+            f"is {nearest}"
+        )
+    return batch // micro

@@ -66,7 +66,7 @@ def compile_train_step(num_layers: int, unrolled: bool) -> Compiled:
     traced = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()
-    return Compiled(traced - start, done - traced, len(compiled.as_text()))
+    return Compiled(traced - start, done - traced, len(compiled.as_text() or ""))
 
 
 def main(options: CompileTime) -> None:

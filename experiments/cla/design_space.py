@@ -15,12 +15,11 @@ an interrupted one was; finished models are skipped. `cla-jax report OUT` draws 
 """
 
 import dataclasses
-import sys
 from typing import Literal
 
 import tyro
 
-from cla_jax.recipes import ExperimentOptions
+from cla_jax.recipes import ExperimentOptions, run_experiment
 from cla_jax.registry import model
 
 
@@ -66,9 +65,4 @@ def main(options: DesignSpace) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(1 if main(tyro.cli(DesignSpace, description=__doc__)) else 0)
-    except (ValueError, OSError) as error:
-        sys.exit(f"design_space: {error}")
-    except KeyboardInterrupt:
-        sys.exit("design_space: interrupted; the same command goes on from the last checkpoint")
+    run_experiment("design_space", lambda: main(tyro.cli(DesignSpace, description=__doc__)))

@@ -24,11 +24,10 @@ Budget: four to seven runs a model. The same command goes on where an interrupte
 
 import dataclasses
 import math
-import sys
 
 import tyro
 
-from cla_jax.recipes import ExperimentOptions, climb
+from cla_jax.recipes import ExperimentOptions, climb, run_experiment
 from cla_jax.registry import model
 
 TUNED = ("H128-MQA", "H128-MQA-CLA2", "H64-MQA")
@@ -99,9 +98,4 @@ def main(options: LearningRates) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(1 if main(tyro.cli(LearningRates, description=__doc__)) else 0)
-    except (ValueError, OSError) as error:
-        sys.exit(f"learning_rates: {error}")
-    except KeyboardInterrupt:
-        sys.exit("learning_rates: interrupted; the same command goes on from the last checkpoint")
+    run_experiment("learning_rates", lambda: main(tyro.cli(LearningRates, description=__doc__)))

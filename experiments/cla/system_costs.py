@@ -16,12 +16,11 @@ Decode time is left out: it comes with cached inference. Models already measured
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import tyro
 
-from cla_jax.recipes import SCALES, chunked
+from cla_jax.recipes import SCALES, chunked, run_experiment
 from cla_jax.registry import match_models, model
 
 
@@ -75,9 +74,4 @@ def main(options: SystemCosts) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(1 if main(tyro.cli(SystemCosts, description=__doc__)) else 0)
-    except (ValueError, OSError) as error:
-        sys.exit(f"system_costs: {error}")
-    except KeyboardInterrupt:
-        sys.exit("system_costs: interrupted; the same command goes on")
+    run_experiment("system_costs", lambda: main(tyro.cli(SystemCosts, description=__doc__)))

@@ -11,6 +11,7 @@ from cla_jax.configs import DataConfig
 from cla_jax.data import (
     ByteTokenizer,
     TokenWindows,
+    batch_rows,
     batches,
     data_fingerprint,
     evaluation_batches,
@@ -167,3 +168,14 @@ def test_data_fingerprint_names_what_differs(stream):
     for field, value in changes.items():
         other = data_fingerprint(stream, dataclasses.replace(CONFIG, **{field: value}))
         assert [key for key in saved if saved[key] != other[key]] == [field]
+
+
+def test_batch_rows_are_the_rows_of_the_batch(stream):
+    """Also in a second epoch, which is shuffled anew."""
+    config = DataConfig(sequence_length=16, batch_size=3, seed=5)
+    windows = TokenWindows(stream, 16)
+    iterator = iter(batches(stream, config))
+    for index in range(2 * len(windows) // 3):
+        rows = batch_rows(stream, config, index)
+        expected = np.stack([windows[row]["tokens"] for row in rows])
+        np.testing.assert_array_equal(next(iterator)["tokens"], expected)

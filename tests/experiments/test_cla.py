@@ -72,6 +72,24 @@ def test_design_space_killed_and_taken_up_gives_the_same_table(text):
 
 
 @pytest.mark.slow
+def test_sigterm_saves_and_has_its_own_exit_code(text):
+    options = ("--models", "MQA", "--tokens", "1e6", "--text", "my.txt", "--out", "stopped")
+    with start("design_space", *options, cwd=text) as process:
+        metrics = text / "stopped/MQA/seed-0/metrics.jsonl"
+        deadline = time.monotonic() + 300
+        while not metrics.exists() or metrics.stat().st_size == 0:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "design_space: stopped, SIGTERM: saved at step" in err
+    assert "Traceback" not in err
+    assert any((text / "stopped/MQA/seed-0/checkpoints").glob("*/commit_success.txt"))
+
+
+@pytest.mark.slow
 def test_learning_rates_climb_until_it_no_longer_improves(text):
     options = ("--smoke", "--models", "MQA", "--start", "0.05", "--text", "my.txt", "--out", "lr")
     code, _, err = run("learning_rates", *options, cwd=text)

@@ -86,8 +86,8 @@ def test_end_to_end_then_only_redrawn(quickstart, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (None, ["no such text file", "my.txt"]),
-        (b"", ["my.txt", "no bytes of text"]),
+        pytest.param(None, ["no such text file", "my.txt"], marks=pytest.mark.slow),
+        pytest.param(b"", ["my.txt", "no bytes of text"], marks=pytest.mark.slow),
         (b"caf\xe9 au lait\n" * 200, ["my.txt", "not UTF-8", "offset 3"]),
     ],
     ids=["missing", "empty", "not UTF-8"],

@@ -62,7 +62,7 @@ def test_zero_padding_the_head_dim_changes_nothing(monkeypatch, documents):
     plain = attend(q, KV(k, v), documents), jax.grad(scalar, argnums=(0, 1, 2))(q, k, v)
     asked = []
 
-    def padding(head_dim, dtype):
+    def padding(head_dim, dtype, masked_length=None):
         asked.append((head_dim, dtype))
         return AttentionPath("xla", 16, "padded by the test")
 

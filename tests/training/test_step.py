@@ -10,7 +10,7 @@ import pytest
 
 from cla_jax.configs import ExecutionConfig, ModelConfig, OptimizerConfig
 from cla_jax.sharing import KVSharing
-from cla_jax.training import Model, TrainState, make_train_step, token_losses
+from cla_jax.training import Model, TrainState, make_train_step, token_losses, weighted_loss
 from cla_jax.training.optimizer import make_optimizer
 from cla_jax.training.step import make_eval_step
 
@@ -63,23 +63,69 @@ def test_loss_is_the_naive_cross_entropy(toy, params, tokens):
     np.testing.assert_allclose(losses_of(toy, params, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_chunked_loss_is_the_same(toy, params, tokens):
+def test_chunked_losses_are_the_same(toy, params, tokens):
     chunked = Model(CONFIG, dataclasses.replace(FLOAT32, loss_chunk=8))
-
-    def value_and_grad(model):
-        def loss(p):
-            losses = token_losses(model(p), tokens)
-            return losses.mean(), losses
-
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-
-    (loss, losses), grads = value_and_grad(chunked)
-    (expected_loss, expected_losses), expected = value_and_grad(toy)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, expected
+    np.testing.assert_allclose(
+        losses_of(chunked, params, tokens), losses_of(toy, params, tokens), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("chunk", [0, 8, 64])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_training_loss_and_its_own_gradient(tokens, chunk, tied):
+    """Against automatic differentiation of the plain losses; some targets weigh nothing."""
+    config = dataclasses.replace(CONFIG, tied_embeddings=tied)
+    model = Model(config, dataclasses.replace(FLOAT32, loss_chunk=chunk))
+    params = model.init(0)
+    weights = jax.random.uniform(jax.random.key(3), tokens[:, 1:].shape)
+    weights = jnp.where(weights > 0.3, weights, jnp.float32(0))
+
+    def plain(p):
+        return (token_losses(model(p), tokens) * weights).sum() * 0.5
+
+    def ours(p):
+        return weighted_loss(model(p), tokens, weights) * 0.5
+
+    expected, gradients = jax.jit(jax.value_and_grad(plain))(params)
+    loss, found = jax.jit(jax.value_and_grad(ours))(params)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(ours(params), expected, rtol=1e-6)  # without a gradient
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, gradients
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_micro_batches_sum_to_the_whole_batch(toy, params, tokens, masked):
+    """Also where rows hold different numbers of counted tokens."""
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    batch = {"tokens": tokens}
+    if masked:
+        counted = jnp.arange(tokens.shape[1] - 1)[None, :] < jnp.arange(1, 5)[:, None] * 4
+        batch["mask"] = counted.astype(jnp.float32)
+    results = []
+    for micro_batches in (1, 2, 4):
+        state = TrainState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params)
+        )
+        results.append(make_train_step(toy, optimizer, micro_batches)(state, batch)[1])
+    if masked:
+        losses = losses_of(toy, params, tokens)
+        expected = (losses * batch["mask"]).sum() / batch["mask"].sum()
+        np.testing.assert_allclose(results[0]["loss"], expected, rtol=1e-6)
+    for result in results[1:]:
+        for name in ("loss", "gradient_norm"):
+            np.testing.assert_allclose(result[name], results[0][name], rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(toy, params, tokens):
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    bad = {**params, "head": params["head"].at[0, 0].set(jnp.inf)}
+    state = TrainState(jnp.zeros((), jnp.int32), bad, optimizer.init(bad))
+    before = jax.tree.map(np.asarray, state)
+    after, metrics = make_train_step(toy, optimizer)(state, {"tokens": tokens})
+    assert not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
 
 
 def test_a_loss_chunk_larger_than_the_batch_is_the_whole_batch(toy, params, tokens):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import types
 
 import pytest
@@ -10,6 +11,7 @@ from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerC
 from cla_jax.data import ByteTokenizer, Streams, write_token_stream
 from cla_jax.sharing import KVSharing
 from cla_jax.training import sweep as sweeps
+from cla_jax.training.interruption import Interrupted
 from cla_jax.training.sweep import Entry, Sweep, failures
 from cla_jax.training.trainer import check_run
 
@@ -105,10 +107,11 @@ def test_one_failure_costs_one_run(trained, streams, tmp_path, capsys):
     assert failures(again) == 1
 
 
-def test_an_interrupt_ends_it(trained, streams, tmp_path):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted(signal.SIGTERM, 3)])
+def test_an_interrupt_ends_it(stop, trained, streams, tmp_path):
     log, fates = trained
-    fates["b"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
+    fates["b"] = stop
+    with pytest.raises(type(stop)):
         make(tmp_path / "s", streams).run(entries("a", "b", "c"))
     fates.clear()
     make(tmp_path / "s", streams).run(entries("a", "b", "c"))

@@ -23,6 +23,7 @@ from cla_jax.data import ByteTokenizer, Streams, write_token_stream
 from cla_jax.reporting import load_run
 from cla_jax.sharing import KVSharing
 from cla_jax.training import Model, init_state, make_train_step, train, trainer
+from cla_jax.training.interruption import Interrupted
 from cla_jax.training.metrics import MetricLog, read_metrics
 from cla_jax.training.optimizer import make_optimizer
 from cla_jax.training.step import make_eval_step
@@ -225,8 +226,8 @@ CUTS = {
     "last validation": (MetricLog, "write", 16, True),
     "before the last checkpoint": (trainer.Checkpoints, "save", 3, False),
     "after the last checkpoint": (trainer.Checkpoints, "save", 3, True),
-    "before config.json": (trainer, "_write_json", 1, False),
-    "before result.json": (trainer, "_write_json", 2, False),
+    "before config.json": (trainer, "write_json", 1, False),
+    "before result.json": (trainer, "write_json", 2, False),
 }
 
 
@@ -430,7 +431,14 @@ def test_refuses_a_tokenizer_larger_than_the_vocabulary(streams, tmp_path):
 def test_refuses_a_short_stream(streams, tmp_path, length, batch, expected):
     assert streams.train.num_tokens == 1502
     training = dataclasses.replace(TRAINING, data=DataConfig(length, batch))
-    refused(expected, CONFIG, training, streams, tmp_path / "run")
+    config = dataclasses.replace(CONFIG, sequence_length=2_000)
+    refused(expected, config, training, streams, tmp_path / "run")
+
+
+def test_refuses_sequences_longer_than_the_model_takes(streams, tmp_path):
+    training = dataclasses.replace(TRAINING, data=DataConfig(CONFIG.sequence_length + 1, 1))
+    message = refused("sequence_length=", CONFIG, training, streams, tmp_path / "run")
+    assert message.endswith(f"is {CONFIG.sequence_length}")
 
 
 def test_refuses_a_loss_chunk_that_does_not_divide(streams, tmp_path):
@@ -452,8 +460,8 @@ NAN = np.float32(math.nan)
 def spoiled(at: int):
     """In place of `make_train_step`: the gradient of one step is not a number."""
 
-    def make(model, optimizer):
-        step = compiled(model, optimizer)
+    def make(model, optimizer, micro_batches):
+        step = compiled(model, optimizer, micro_batches)
 
         def faulty(state, batch):
             new, metrics = step(state, batch)
@@ -500,3 +508,26 @@ def test_a_perplexity_beyond_floating_point_is_a_clear_error(straight, streams, 
         patch.setattr(trainer, "init_state", lambda *_: state)
         with pytest.raises(FloatingPointError, match=r"validation loss of step 3 is \d{4}"):
             train(CONFIG, TRAINING, streams, tmp_path / "run")
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_its_own_code(
+    number, straight, streams, tmp_path, monkeypatch
+):
+    write = MetricLog.write
+
+    def write_and_signal(log, record):
+        write(log, record)
+        if record["step"] == 5 and "loss" in record:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricLog, "write", write_and_signal)
+        with pytest.raises(Interrupted, match=r"saved at step 6; --resume") as caught:
+            train(CONFIG, TRAINING, streams, tmp_path / "run")
+    assert caught.value.exit_code == 128 + number
+    assert (tmp_path / "run" / "checkpoints" / "6").is_dir()
+    same_run(train(CONFIG, TRAINING, streams, tmp_path / "run", resume=True), straight)

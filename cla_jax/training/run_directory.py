@@ -1,0 +1,96 @@
+"""A run's directory: what it belongs to, and JSON that is written whole or not at all.
+
+It holds `config.json` (resolved configuration, package versions, data fingerprint),
+`metrics.jsonl`, `checkpoints/` and, when finished, `result.json`.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cla_jax.configs import ModelConfig, TrainConfig
+from cla_jax.data.pipeline import data_fingerprint
+from cla_jax.data.token_stream import Streams
+from cla_jax.training.checkpoints import check_identity
+
+_PACKAGES = ("cla-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+
+type Identity = dict[str, dict[str, Any]]
+"""What decides a run's numbers, as JSON values by section."""
+
+
+def identity_of(config: ModelConfig, training: TrainConfig, streams: Streams) -> Identity:
+    """Architecture, recipe and data of a run; execution is no part of it, but for the dtype."""
+    recipe: dict[str, Any] = {
+        "steps": training.steps,
+        "seed": training.seed,
+        "eval_batches": training.eval_batches,
+        "compute_dtype": training.execution.compute_dtype,
+    }
+    recipe |= {f"optimizer.{k}": v for k, v in dataclasses.asdict(training.optimizer).items()}
+    data = data_fingerprint(streams.train, training.data, jax.process_count())
+    data["validation_tokens"] = streams.validation.fingerprint
+    identity = {"model": config.to_dict(), "training": recipe, "data": data}
+    return json.loads(json.dumps(identity))  # as it will be read back
+
+
+def check_directory(directory: Path, identity: Identity, resume: bool) -> None:
+    """Whether a run may be started, or resumed, in a directory.
+
+    Raises:
+        ValueError: it holds another run, this run without `resume`, or something else.
+    """
+    config = directory / "config.json"
+    if config.exists():
+        saved = read_json(config)
+        sections = {k: v for k, v in saved.items() if k in identity and isinstance(v, dict)}
+        check_identity(sections, identity, f"the run in {directory}")
+        if not resume:
+            raise ValueError(
+                f"{directory} already holds this run: resume it (--resume), or choose another "
+                "directory"
+            )
+    elif directory.exists() and any(directory.iterdir()):
+        raise ValueError(
+            f"{directory} is not empty and holds no run; nothing in it was touched: choose another "
+            "directory"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the device and the packages that decide numbers."""
+    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a run.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a run's: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a run's: it holds no JSON object")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object in one rename."""
+    replacement = path.with_name(path.name + ".new")
+    replacement.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    os.replace(replacement, path)
