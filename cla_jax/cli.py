@@ -257,6 +257,26 @@ class TrainTokenizer:
             print(f"fewer than {self.vocab_size}: this text has no more pairs to merge")
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draw the tables and figures of experiments or runs again; nothing is trained.
+
+    Examples: `cla-jax report runs/cla-design-space-tiny`, or, to set runs side by side with the
+    first as the baseline, `cla-jax report runs/mine runs/other --out comparison`.
+    """
+
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Directories of experiments, or of finished runs."""
+    out: Path | None = None
+    """Where to write. Default: the experiment's directory; for runs, runs/report."""
+
+    def run(self) -> None:
+        """Write and show them."""
+        from cla_jax.reporting.report import report, show
+
+        show(report(self.directories, self.out))
+
+
 def _preset(arguments: list[str]) -> TrainConfig:
     """The recipe that the command line names: the defaults of all `--training.*` options."""
     given = [b for a, b in itertools.pairwise(arguments) if a == "--preset"]
@@ -278,6 +298,7 @@ def main() -> None:
                 "prepare-data": PrepareData,
                 "train-tokenizer": TrainTokenizer,
                 "train": Train,
+                "report": Report,
             },
             prog="cla-jax",
             description="Train and measure transformers whose layers share keys and values.",

@@ -1,27 +1,164 @@
-"""Training recipes: the papers', whole, and one for a CPU."""
+"""Training recipes: the CLA paper's at every scale, and MLKV's.
+
+At `1B` and `3B` they are the paper's (CLA section 3.1 and Table 2). `mini` is for one GPU and
+`tiny` for two CPU cores; what is not a matter of size (optimizer, schedule) is the paper's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
 
 from cla_jax.configs import DataConfig, ExecutionConfig, OptimizerConfig, TrainConfig
 
-__all__ = ["RECIPES", "cla", "mlkv", "tiny"]
+__all__ = ["RECIPES", "SCALES", "Scale", "chunked", "climb", "mlkv", "next_rate", "recipe"]
+
+_LOSS_CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB of a 50,432-word vocabulary's
 
 
-def cla(tokens: float, learning_rate: float = 3e-4) -> TrainConfig:
-    """CLA section 3.1: 2048 sequences of 2048 tokens a step, AdamW, about 4 M validation tokens.
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How the models of a scale are trained.
+
+    Attributes:
+        tokens: training tokens.
+        sequence_length: tokens per sequence.
+        batch_size: sequences per step.
+        micro_batch: sequences per forward and backward pass, gradients summed; 0: all at once.
+        learning_rate: peak, where the experiment does not search for it.
+        first_rate: where the search for it begins.
+        validation_tokens: at most, each time.
+        validations: how many, evenly over the run; the last is at its end.
+        log_every: steps between metric records.
+        execution: how the models are run.
+    """
+
+    tokens: int
+    sequence_length: int
+    batch_size: int
+    micro_batch: int
+    learning_rate: float
+    first_rate: float
+    validation_tokens: int
+    validations: int
+    log_every: int
+    execution: ExecutionConfig
+
+
+# Whole segments unrolled: worth a quarter of the speed on a GPU (docs/results.md).
+_GPU = ExecutionConfig(unroll=20, loss_chunk=_LOSS_CHUNK)
+SCALES: dict[str, Scale] = {
+    "tiny": Scale(
+        tokens=300 * 4 * 256, sequence_length=256, batch_size=4, micro_batch=0, learning_rate=3e-3,
+        first_rate=1e-3, validation_tokens=50_000, validations=3, log_every=1,
+        execution=ExecutionConfig(compute_dtype="float32"),  # bfloat16 is slow on CPUs
+    ),
+    "mini": Scale(
+        tokens=100_000_000, sequence_length=2048, batch_size=16, micro_batch=0,
+        learning_rate=1e-3, first_rate=3e-4, validation_tokens=1_000_000, validations=10,
+        log_every=10, execution=_GPU,
+    ),
+    "1B": Scale(
+        tokens=30_000_000_000, sequence_length=2048, batch_size=2048, micro_batch=16,
+        learning_rate=3e-4, first_rate=3e-4, validation_tokens=4_000_000, validations=20,
+        log_every=1, execution=_GPU,
+    ),
+    "3B": Scale(
+        tokens=100_000_000_000, sequence_length=2048, batch_size=2048, micro_batch=8,
+        learning_rate=1e-3, first_rate=3e-4, validation_tokens=4_000_000, validations=20,
+        log_every=1, execution=_GPU,
+    ),
+}  # fmt: skip
+
+
+def recipe(
+    scale: Scale,
+    *,
+    tokens: float | None = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    seed: int = 0,
+) -> TrainConfig:
+    """The recipe of a run; what is None is the scale's.
+
+    The data order is the same whatever the seed, which is the parameters' (CLA section 3.2: "using
+    a consistent data order").
+
+    Raises:
+        ValueError: fewer tokens than one step takes.
+    """
+    size = scale.batch_size if batch_size is None else batch_size
+    data = DataConfig(scale.sequence_length, size, seed=0)
+    per_step = size * scale.sequence_length
+    wanted = scale.tokens if tokens is None else tokens
+    if not wanted >= per_step:
+        raise ValueError(
+            f"tokens={wanted:g} is less than one step of {size} x {scale.sequence_length} tokens "
+            f"takes; the least is {per_step}"
+        )
+    steps = round(wanted / per_step)
+    # The scale's micro-batch is made to divide; one that was asked for must.
+    micro = math.gcd(scale.micro_batch, size) if scale.micro_batch else 0
+    micro = micro if micro_batch is None else micro_batch
+    at_once = (micro or size) * scale.sequence_length
+    return TrainConfig(
+        steps=steps,
+        micro_batch_size=micro,
+        seed=seed,
+        data=data,
+        optimizer=OptimizerConfig(scale.learning_rate if learning_rate is None else learning_rate),
+        execution=chunked(scale.execution, at_once),
+        eval_every=max(steps // scale.validations, 1),
+        eval_tokens=scale.validation_tokens,
+        checkpoint_every=max(steps // scale.validations, 1),
+        log_every=min(scale.log_every, steps),
+    )
+
+
+def chunked(execution: ExecutionConfig, tokens: int) -> ExecutionConfig:
+    """The same, with the largest loss chunk that divides a batch of so many tokens."""
+    chunk = math.gcd(execution.loss_chunk, tokens) if execution.loss_chunk else 0
+    return dataclasses.replace(execution, loss_chunk=chunk)
+
+
+# CLA section 3.2.2: from 3e-4 "in multiplicative increments of 1.5x", as Tables 3 and 5 print it.
+_PRINTED_RATES = (3e-4, 4.5e-4, 6.75e-4, 1e-3, 1.5e-3, 2.25e-3)
+
+
+def next_rate(rate: float) -> float:
+    """The learning rate above this one: the paper's printed ladder, then x 1.5 to three digits.
+
+    >>> [next_rate(rate) for rate in (3e-4, 6.75e-4, 2.25e-3)]
+    [0.00045, 0.001, 0.00338]
+    """
+    above = 1.5 * rate
+    for printed in _PRINTED_RATES:
+        if math.isclose(above, printed, rel_tol=0.02):
+            return printed
+    return float(f"{above * (1 + 1e-9):.2e}")  # 3.375e-3 goes up
+
+
+def climb(
+    perplexity_at: Callable[[float], float | None], start: float
+) -> tuple[tuple[float, float], ...]:
+    """Rates from `start` upwards until the perplexity stops improving (CLA section 3.2.2).
 
     Args:
-        tokens: 30e9 for the 1B models, 100e9 for 3B (CLA Table 2).
-        learning_rate: peak; 3e-4 is the design-space exploration's (section 3.2.1).
+        perplexity_at: trains at a learning rate; `inf` for a run that diverged; None if there is
+            no answer, which ends the climb.
+        start: the first rate.
+
+    Returns:
+        The rates with their perplexities, in order; the last is no better than the one before,
+        unless the climb was ended.
     """
-    data = DataConfig(sequence_length=2048, batch_size=2048)
-    return TrainConfig(
-        steps=round(tokens / (data.sequence_length * data.batch_size)),
-        micro_batch_size=16,
-        data=data,
-        optimizer=OptimizerConfig(learning_rate=learning_rate),
-        execution=ExecutionConfig(unroll=32, loss_chunk=8192),
-        eval_tokens=4_000_000,
-        eval_every=500,
-    )
+    seen, rate = list[tuple[float, float]](), start
+    while (perplexity := perplexity_at(rate)) is not None:
+        seen.append((rate, perplexity))
+        if perplexity == math.inf or (len(seen) > 1 and not perplexity < seen[-2][1]):
+            break
+        rate = next_rate(rate)
+    return tuple(seen)
 
 
 def mlkv() -> TrainConfig:
@@ -30,7 +167,7 @@ def mlkv() -> TrainConfig:
         steps=round(2.46e6 / 24),
         data=DataConfig(sequence_length=2048, batch_size=24, packing="first_fit"),
         optimizer=OptimizerConfig(learning_rate=6e-4, weight_decay=0.01, warmup_fraction=0.2),
-        execution=ExecutionConfig(unroll=32, loss_chunk=8192),
+        execution=_GPU,
         eval_tokens=4_000_000,
         eval_every=5_000,
         checkpoint_every=1_000,
@@ -38,21 +175,9 @@ def mlkv() -> TrainConfig:
     )
 
 
-def tiny(
-    steps: int = 500, batch_size: int = 4, sequence_length: int = 256, seed: int = 0
-) -> TrainConfig:
-    """For the `tiny` models on a CPU: CLA's optimizer, at a learning rate for this size."""
-    quarter = max(steps // 4, 1)
-    return TrainConfig(
-        steps=steps,
-        seed=seed,
-        data=DataConfig(sequence_length, batch_size, seed=seed),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
-        execution=ExecutionConfig(compute_dtype="float32"),  # bfloat16 is slow on CPUs
-        eval_tokens=50_000,
-        eval_every=quarter,
-        checkpoint_every=quarter,
-    )
-
-
-RECIPES = {"tiny": tiny(), "cla-1b": cla(30e9), "cla-3b": cla(100e9), "mlkv": mlkv()}
+RECIPES = {
+    "tiny": recipe(SCALES["tiny"]),
+    "cla-1b": recipe(SCALES["1B"]),
+    "cla-3b": recipe(SCALES["3B"]),
+    "mlkv": mlkv(),
+}

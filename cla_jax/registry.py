@@ -7,13 +7,15 @@ Table 2. A name is `scale/variant`. Beside the papers' own scales there are two 
 
 import dataclasses
 import difflib
+import fnmatch
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from cla_jax.configs import ModelConfig
 from cla_jax.sharing import KVSharing
 
-__all__ = ["model", "model_names"]
+__all__ = ["match_models", "model", "model_names"]
 
 # The GPT-NeoX tokenizer's 50,277 ids, padded as GPT-NeoX-20B pads them. The CLA paper names the
 # tokenizer, not the padded size.
@@ -126,6 +128,36 @@ def model(name: str) -> ModelConfig:
         return _same_size(_gpt_neox(name, 96, 12, 12, kv_layers, kv_heads, 384, _BYTE_VOCAB))
     kv_layers, kv_heads = _PYTHIA_410M[variant]
     return _same_size(_gpt_neox(name, 1024, 24, 16, kv_layers, kv_heads, 4096))
+
+
+def match_models(scale: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The models of a scale that any of some names or globs names, in the registry's order.
+
+    The scale may be left out or not: `H128-*`, `1B/H128-*`.
+
+    Raises:
+        ValueError: an unknown scale, or a pattern that names no model; names the nearest.
+
+    >>> match_models("tiny", ["MQA-CLA?"])
+    ('tiny/MQA-CLA2', 'tiny/MQA-CLA3')
+    """
+    scales = dict.fromkeys(name.partition("/")[0] for name in model_names())
+    if scale not in scales:
+        near = difflib.get_close_matches(scale, scales, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown scale {scale!r}; the nearest is {near!r}")
+    names = [name for name in model_names() if name.startswith(scale + "/")]
+    found = set[str]()
+    for pattern in patterns:
+        full = pattern if "/" in pattern else f"{scale}/{pattern}"
+        matches = [name for name in names if fnmatch.fnmatchcase(name, full)]
+        if not matches:
+            near = difflib.get_close_matches(full, names, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{pattern!r} names no model at scale {scale}; nearest: {near!r}. The models at "
+                f"this scale are {', '.join(name.partition('/')[2] for name in names)}"
+            )
+        found.update(matches)
+    return tuple(name for name in names if name in found)
 
 
 def _cla(name: str, d_model: int, ffn_dim: int, num_layers: int) -> ModelConfig:

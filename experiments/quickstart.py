@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 from cla_jax import model
-from cla_jax.recipes import tiny
+from cla_jax.recipes import SCALES, recipe
 
 BASELINE, SHARED = "tiny/MQA", "tiny/MQA-CLA2"
 PROMPT_BYTES = 64
@@ -41,7 +41,7 @@ class Quickstart:
     sequence_length: int = 256
     """Tokens (bytes) per sequence."""
     seed: int = 0
-    """Of parameters and data order."""
+    """Of the parameters; the data order is the same for all."""
     prompt: str | None = None
     """What the CLA2 model continues. Default: the start of your text's validation part."""
     new_tokens: int = 160
@@ -52,7 +52,11 @@ def main(options: Quickstart) -> None:
     """Run it."""
     began = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    training = tiny(options.steps, options.batch_size, options.sequence_length, options.seed)
+    scale = dataclasses.replace(SCALES["tiny"], sequence_length=options.sequence_length)
+    rows, length = options.batch_size, options.sequence_length
+    training = recipe(
+        scale, tokens=options.steps * rows * length, batch_size=rows, seed=options.seed
+    )
     # TFDS and Grain take seconds to import: not before the options are known to be good.
     from cla_jax.data import ByteTokenizer, corpus_at, prepare_corpus, prepare_streams
     from cla_jax.inference import check_prompt, greedy
@@ -66,7 +70,6 @@ def main(options: Quickstart) -> None:
         f"{info.name}: {info.num_documents:,} documents, {info.num_bytes:,} bytes, "
         f"{len(info.skipped_files)} files skipped (not UTF-8), fingerprint {info.fingerprint[:12]}"
     )
-    rows, length = options.batch_size, options.sequence_length
     passes = options.steps * rows * length / streams.train.num_tokens
     console.print(
         f"{options.steps} steps of {rows} x {length} tokens each: {passes:.2f} passes over "

@@ -123,12 +123,13 @@ def test_diagram_refuses(run, arguments, parts):
 # --- help -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("models",), ("diagram",), ("train",)])
+@pytest.mark.parametrize("command", [(), ("models",), ("diagram",), ("train",), ("report",)])
 def test_help_gives_an_example(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0
     words = out.replace("│", " ").split()
-    examples = {"models": "1B/", "diagram": "cla-jax diagram", "train": "cla-jax train"}
+    examples = {"models": "1B/", "diagram": "cla-jax diagram", "train": "cla-jax train",
+                "report": "cla-jax report runs/"}  # fmt: skip
     expected = examples[command[0]] if command else "cla-jax train tiny/MQA-CLA2"
     assert expected in " ".join(words)
 

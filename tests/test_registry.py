@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from cla_jax.models import Decoder
-from cla_jax.registry import model, model_names
+from cla_jax.registry import match_models, model, model_names
 
 # CLA Table 1: name, d_head, query heads, KV heads, KV layers, KV bytes per token (16 bit).
 CLA_TABLE_1 = [
@@ -225,3 +225,22 @@ def test_other_tiny_models_are_refused_with_the_list():
     for name in ("tiny/MHA", "tiny/MQA", "tiny/MQA-CLA2", "tiny/MQA-CLA3"):
         assert name in str(error.value)
     assert "pythia-tiny" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scale", "patterns", "expected"),
+    [
+        ("1B", ["H64-*", "1B/H32-MQA"], ["1B/H64-MQA", "1B/H32-MQA", "1B/H64-MQA-CLA2"]),
+        ("tiny", ["MQA-CLA2", "*CLA2"], ["tiny/MQA-CLA2"]),
+        ("3B", ["*"], [name for name in model_names() if name.startswith("3B/")]),
+    ],
+)
+def test_match_models(scale, patterns, expected):
+    assert list(match_models(scale, patterns)) == expected
+
+
+def test_match_models_refuses():
+    with pytest.raises(ValueError, match="'2B'"):
+        match_models("2B", ["*"])
+    with pytest.raises(ValueError, match=r"'H128-MQA-CLA5' names no model.*mini/H128-MQA-CLA"):
+        match_models("mini", ["H128-MQA-CLA5"])

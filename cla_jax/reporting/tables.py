@@ -9,6 +9,8 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -16,7 +18,28 @@ from rich.text import Text
 
 from cla_jax.reporting.runs import Run
 
-__all__ = ["COLUMNS", "Column", "Row", "comparison", "csv_text", "markdown", "terminal_table"]
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "Row",
+    "Written",
+    "comparison",
+    "csv_text",
+    "markdown",
+    "terminal_table",
+]
+
+
+class Written(NamedTuple):
+    """What a report wrote, and what it shows of it.
+
+    Attributes:
+        files: tables and figures.
+        table: the table's main columns, for the terminal.
+    """
+
+    files: tuple[Path, ...]
+    table: Table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,12 +2,13 @@
 
 from cla_jax.training.loss import token_losses, weighted_loss
 from cla_jax.training.step import Model, TrainState, init_state, make_train_step
-from cla_jax.training.trainer import Trained, train
+from cla_jax.training.trainer import Trained, check_run, train
 
 __all__ = [
     "Model",
     "TrainState",
     "Trained",
+    "check_run",
     "init_state",
     "make_train_step",
     "token_losses",

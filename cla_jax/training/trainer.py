@@ -90,14 +90,9 @@ def train(
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
     """
     directory = Path(directory)
-    _check_streams(config, training.data, streams)
+    identity = check_run(config, training, streams, directory, resume=resume, force=force)
     micro_batches = _micro_batches(training)
     trackers = open_trackers(training.trackers, directory)
-    check_loss_chunk(
-        training.execution.loss_chunk, _tokens_per_step(training.data) // micro_batches
-    )
-    identity = identity_of(config, training, streams)
-    check_directory(directory, identity, resume, force)
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
     resolved = {
@@ -151,6 +146,33 @@ def train(
     result = _result(config, training, read_metrics(directory / "metrics.jsonl"))
     write_json(result_file, result)
     return Trained(directory, model, state.params, result)
+
+
+def check_run(
+    config: ModelConfig,
+    training: TrainConfig,
+    streams: Streams,
+    directory: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Everything that `train` refuses, without building a model or writing anything.
+
+    Returns:
+        What the run's checkpoints belong to: `model`, `training` and `data`, as JSON values.
+
+    Raises:
+        ValueError: as `train`.
+    """
+    _check_streams(config, training.data, streams)
+    check_loss_chunk(
+        training.execution.loss_chunk,
+        _tokens_per_step(training.data) // _micro_batches(training),
+    )
+    identity = identity_of(config, training, streams)
+    check_directory(Path(directory), identity, resume, force)
+    return identity
 
 
 def _result(

@@ -1,0 +1,92 @@
+"""What the CLA paper prints, to stand beside what we measure.
+
+Brandon et al. 2024, "Reducing Transformer Key-Value Cache Size with Cross-Layer Attention"
+(arXiv 2405.12981), Tables 1, 3, 5 and 7.
+"""
+
+import dataclasses
+
+__all__ = [
+    "CLA_TABLE_1",
+    "CLA_TABLE_3",
+    "CLA_TABLE_5",
+    "CLA_TABLE_7",
+    "PaperResult",
+    "variant_in_paper",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperResult:
+    """A row of a table.
+
+    Attributes:
+        kv_bytes_per_token: of a 16-bit cache.
+        learning_rate: peak; in Tables 3, 5 and 7 the best for the model.
+        perplexity: on validation text; Table 7 prints none.
+        wikitext: perplexity on Wikitext; Table 1 prints none.
+    """
+
+    kv_bytes_per_token: int
+    learning_rate: float
+    perplexity: float | None = None
+    wikitext: float | None = None
+
+
+CLA_TABLE_1: dict[str, PaperResult] = {
+    variant: PaperResult(kv_bytes, 3e-4, perplexity)
+    for variant, kv_bytes, perplexity in (
+        ("H128-MHA", 163840, 13.15),
+        ("H128-GQA4", 40960, 13.36),
+        ("H128-GQA2", 20480, 13.52),
+        ("H128-MQA", 10240, 13.54),
+        ("H64-MQA", 5120, 13.81),
+        ("H46-MQA", 3680, 13.96),
+        ("H32-MQA", 2560, 14.37),
+        ("H512-MQA-CLA2", 20480, 13.49),
+        ("H256-MQA-CLA2", 10240, 13.51),
+        ("H128-MQA-CLA2", 5120, 13.60),
+        ("H90-MQA-CLA2", 3600, 13.73),
+        ("H64-MQA-CLA2", 2560, 13.89),
+        ("H256-GQA4-CLA2", 40960, 13.38),
+        ("H128-GQA4-CLA2", 20480, 13.48),
+        ("H128-GQA2-CLA2", 10240, 13.59),
+        ("H128-MQA-CLA3", 3584, 13.77),
+        ("H128-MQA-CLA4", 2560, 13.95),
+        ("H128-MQA-CLA2-KeepEnds", 5632, 13.62),
+        ("H128-MQA-CLA2-DenseFront", 5632, 13.75),
+        ("H128-MQA-CLA2-DenseBack", 5632, 14.03),
+    )
+}
+"""1B models, 30 B tokens, learning rate 3e-4: the design space."""
+
+CLA_TABLE_3: dict[str, PaperResult] = {
+    "H128-MQA": PaperResult(10240, 1.5e-3, 12.39, 19.30),
+    "H128-MQA-CLA2": PaperResult(5120, 2.25e-3, 12.43, 19.29),
+    "H64-MQA": PaperResult(5120, 2.25e-3, 12.74, 20.00),
+}
+"""1B models, 30 B tokens, at their best learning rates."""
+
+CLA_TABLE_5: dict[str, PaperResult] = {
+    "H128-MQA": PaperResult(16384, 6.75e-4, 9.52, 13.63),
+    "H128-MQA-CLA2": PaperResult(8192, 2.25e-3, 9.34, 13.25),
+    "H64-MQA": PaperResult(8192, 1.00e-3, 9.48, 13.49),
+}
+"""3B models, 100 B tokens, at their best learning rates: the first set."""
+
+CLA_TABLE_7: dict[str, PaperResult] = {
+    "H64-MQA": PaperResult(8192, 1.0e-3, None, 12.94),
+    "H64-MQA-CLA2": PaperResult(4096, 1.0e-3, None, 12.99),
+    "H32-MQA": PaperResult(4096, 1.0e-3, None, 13.34),
+}
+"""3B models, 100 B tokens, learning rate 1e-3: the second set."""
+
+
+def variant_in_paper(name: str) -> str:
+    """The paper's model that one of ours stands for: a `tiny` model's heads are not in its name.
+
+    >>> variant_in_paper("mini/H64-MQA"), variant_in_paper("tiny/MQA-CLA2")
+    ('H64-MQA', 'H128-MQA-CLA2')
+    """
+    scale, _, variant = name.partition("/")
+    return f"H128-{variant}" if scale == "tiny" else variant

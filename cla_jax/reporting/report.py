@@ -1,0 +1,122 @@
+"""Reports: a directory's tables and figures, by what the directory holds.
+
+The experiments call this when they are done, and `cla-jax report` calls it again: it reads results
+and trains nothing.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from cla_jax.reporting import figures
+from cla_jax.reporting._files import write_atomically
+from cla_jax.reporting.design_space import write_design_space
+from cla_jax.reporting.learning_rates import write_learning_rates
+from cla_jax.reporting.runs import Run, load_run
+from cla_jax.reporting.sweeps import SweepRecord, load_sweep
+from cla_jax.reporting.system_costs import write_system_costs
+from cla_jax.reporting.tables import (
+    COLUMNS,
+    Written,
+    comparison,
+    csv_text,
+    markdown,
+    terminal_table,
+)
+
+__all__ = ["report", "show", "write_comparison"]
+
+_SWEEPS: Mapping[str, Callable[[SweepRecord, Path], Written]] = {
+    "cla-design-space": write_design_space,
+    "cla-learning-rates": write_learning_rates,
+}
+
+
+def report(
+    directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+) -> list[Written]:
+    """Writes the tables and figures of sweeps, of measured costs, or of runs.
+
+    Runs are set beside each other in one table, the first as the baseline.
+
+    Args:
+        directories: sweeps' (`sweep.json`), costs' (`costs.json`) or finished runs'
+            (`result.json`).
+        out: where to write. Default: a sweep's own directory; for runs `runs/report`. Of several
+            sweeps each gets a directory of its name there.
+
+    Returns:
+        What was written, directory by directory; the runs' comparison last.
+
+    Raises:
+        ValueError: a directory that holds none of these, or an experiment that is not known; all
+            are read before anything is written.
+    """
+    if not directories:
+        raise ValueError("no directories to report on: give a sweep's, or those of finished runs")
+    jobs = list[tuple[Callable[[Path], Written], Path]]()
+    runs = list[Run]()
+    for directory in map(Path, directories):
+        if (directory / "sweep.json").exists():
+            sweep = load_sweep(directory)
+            if sweep.experiment not in _SWEEPS:
+                raise ValueError(
+                    f"{directory}: experiment {sweep.experiment!r} is unknown; known are "
+                    f"{', '.join(_SWEEPS)}"
+                )
+            write = _SWEEPS[sweep.experiment]
+            jobs.append((lambda to, write=write, sweep=sweep: write(sweep, to), directory))
+        elif (directory / "costs.json").exists():
+            jobs.append((lambda to, at=directory: write_system_costs(at, to), directory))
+        elif (directory / "result.json").exists():
+            runs.append(load_run(directory))
+        else:
+            raise ValueError(_nothing(directory))
+    places = [place if out is None else Path(out) / place.name for _, place in jobs]
+    if out is not None and len(jobs) == 1 and not runs:
+        places = [Path(out)]
+    if len(set(places)) < len(places):
+        raise ValueError(f"two sweeps of one name would write to the same directory in {out}")
+    written = [write(to) for (write, _), to in zip(jobs, places, strict=True)]
+    if runs:
+        written.append(write_comparison(runs, Path("runs/report" if out is None else out)))
+    return written
+
+
+def show(reports: Sequence[Written]) -> None:
+    """Prints tables, and where the files are, on standard output."""
+    console = Console(highlight=False, soft_wrap=True)
+    for written in reports:
+        console.print()
+        console.print(written.table)
+        for path in written.files:
+            print(f"wrote {path}")
+
+
+def write_comparison(runs: Sequence[Run], out: Path) -> Written:
+    """Writes results.csv and .md, loss and pareto figures of runs; the first is the baseline."""
+    rows = comparison(runs, baseline=runs[0])
+    document = (
+        f"# {len(runs)} runs\n\nRatios are to {runs[0].name} ({runs[0].directory.name}).\n\n"
+        f"{markdown(rows, COLUMNS)}\n![loss](loss.png)\n\n![perplexity against the cache]"
+        "(pareto.png)\n"
+    )
+    files = (
+        write_atomically(out / "results.csv", csv_text(rows, COLUMNS).encode()),
+        write_atomically(out / "results.md", document.encode()),
+        *figures.save(figures.loss_curves(runs), out / "loss"),
+        *figures.save(figures.pareto(runs), out / "pareto"),
+    )
+    return Written(files, terminal_table(rows, COLUMNS))
+
+
+def _nothing(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"no such directory: {directory}"
+    below = sorted(path.parent for path in directory.glob("*/result.json"))
+    hint = f"; give its runs instead: {directory}/*" if below else ""
+    if (directory / "config.json").exists():
+        hint = ": its run has not finished"
+    return f"{directory} holds neither a sweep (sweep.json) nor a finished run (result.json){hint}"
