@@ -73,7 +73,7 @@ SCALES: dict[str, Scale] = {
 def recipe(
     scale: Scale,
     *,
-    tokens: float | None = None,
+    tokens: int | float | None = None,
     learning_rate: float | None = None,
     batch_size: int | None = None,
     micro_batch: int | None = None,

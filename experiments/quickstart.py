@@ -54,6 +54,8 @@ def main(options: Quickstart) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     scale = dataclasses.replace(SCALES["tiny"], sequence_length=options.sequence_length)
     rows, length = options.batch_size, options.sequence_length
+    if options.steps < 1:
+        raise ValueError(f"steps={options.steps} must be at least 1")
     training = recipe(
         scale, tokens=options.steps * rows * length, batch_size=rows, seed=options.seed
     )

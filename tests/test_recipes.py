@@ -87,7 +87,7 @@ def test_open_data_refuses(tmp_path):
     for text in (None, "my.txt"):
         with pytest.raises(ValueError, match=r"scale mini.*prepare-data"):
             open_data(None, text, "mini", tmp_path)
-    with pytest.raises(ValueError, match="no complete token stream"):
+    with pytest.raises(ValueError, match="not a prepared directory"):
         open_data(tmp_path, None, "mini", tmp_path)
 
 

@@ -61,7 +61,7 @@ class TfdsCorpus:
     @functools.cached_property
     def _opened(self) -> Sequence[Source]:
         builder = _builder(self.dataset)
-        features = list(builder.info.features or ())
+        features = sorted(builder.info.features or ())
         if self.text_key not in features:
             near = difflib.get_close_matches(self.text_key, features, n=1, cutoff=0.0)
             raise ValueError(

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from cla_jax.training.trackers import OpenTracker
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -33,7 +35,7 @@ class MetricLog:
     """
 
     def __init__(
-        self, path: Path, resume_step: int = 0, trackers: Sequence[Callable[..., None]] = ()
+        self, path: Path, resume_step: int = 0, trackers: Sequence[OpenTracker] = ()
     ) -> None:
         self._trackers = trackers
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
@@ -52,8 +54,8 @@ class MetricLog:
         self._last |= dict.fromkeys(record, record["step"])
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for track in self._trackers:
-            track(record)
+        for tracker in self._trackers:
+            tracker.write(record)
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -65,6 +67,8 @@ class MetricLog:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

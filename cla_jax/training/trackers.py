@@ -1,19 +1,31 @@
 """Where metrics go beside the run's own log: TensorBoard, Weights & Biases."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from cla_jax.configs import Tracker
 
-type Track = Callable[[dict[str, Any]], None]
+
+@runtime_checkable
+class OpenTracker(Protocol):
+    """Takes metrics records."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one; it has a `step`."""
+        ...
+
+    def close(self) -> None:
+        """Bring to disk, or to the service, what it took."""
+        ...
+
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-def open_trackers(names: Sequence[Tracker], directory: Path) -> list[Track]:
-    """A function for each tracker, which takes a metrics record.
+def open_trackers(names: Sequence[Tracker], directory: Path) -> list[OpenTracker]:
+    """The trackers by these names.
 
     Nothing is opened before the first record, so a run that is refused leaves no trace.
 
@@ -32,39 +44,45 @@ def open_trackers(names: Sequence[Tracker], directory: Path) -> list[Track]:
                 f"tracker {name!r} needs a package that is not installed: "
                 f"pip install {_PACKAGES[name]} (or train without it)"
             ) from None
-    openers = {"tensorboard": _tensorboard, "wandb": _wandb}
+    openers = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
     return [openers[name](directory) for name in names]
 
 
-def _tensorboard(directory: Path) -> Track:
-    writer: Any = None
+class _TensorBoard:
+    """Event files in `tensorboard/` of the run's directory."""
 
-    def track(record: dict[str, Any]) -> None:
-        nonlocal writer
-        if writer is None:
-            writer = importlib.import_module("tensorboardX").SummaryWriter(
-                str(directory / "tensorboard")
-            )
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._writer = directory / "tensorboard", None
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._writer is None:
+            module: Any = importlib.import_module("tensorboardX")
+            self._writer = module.SummaryWriter(str(self._directory))
         for name, value in _values(record).items():
-            writer.add_scalar(name, value, record["step"])
-        writer.flush()
+            self._writer.add_scalar(name, value, record["step"])
 
-    return track
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
-def _wandb(directory: Path) -> Track:
-    run: Any = None
+class _WeightsAndBiases:
+    """A run of the project cla-jax; the directory names it, so a resumed one goes on in place."""
 
-    def track(record: dict[str, Any]) -> None:
-        nonlocal run
-        if run is None:
-            # The directory names the run, so a resumed one goes on in the same place.
-            run = importlib.import_module("wandb").init(
-                project="cla-jax", id=directory.name, name=directory.name, resume="allow"
+    def __init__(self, directory: Path) -> None:
+        self._name, self._run = directory.name, None
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._run is None:
+            module: Any = importlib.import_module("wandb")
+            self._run = module.init(
+                project="cla-jax", id=self._name, name=self._name, resume="allow"
             )
-        run.log(_values(record), step=record["step"])
+        self._run.log(_values(record), step=record["step"])
 
-    return track
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
 
 
 def _values(record: dict[str, Any]) -> dict[str, float]:

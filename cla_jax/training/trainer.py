@@ -248,7 +248,7 @@ class _Loop:
                 if _every(training.eval_every, step):
                     self._flush()
                     self.validate(state)
-                    self._clock = time.perf_counter()
+                    self._clock, self._logged = time.perf_counter(), step
                 if _every(training.checkpoint_every, step) or stop.signal is not None:
                     self._flush()
                     self.checkpoints.save(state, iterator.get_state())

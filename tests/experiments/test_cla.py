@@ -121,7 +121,7 @@ def test_system_costs(tmp_path):
         ("design_space", ["--scale", "mini"], 1, ["scale mini", "prepare-data", "--data DIR"]),
         ("design_space", ["--scale", "mini", "--text", "x"], 1, ["scale mini", "tiny"]),
         ("design_space", ["--scale", "3B"], 2, ["3B", "mini"]),
-        ("design_space", ["--tokens", "100"], 1, ["tokens=100", "2048"]),
+        ("design_space", ["--tokens", "100"], 1, ["tokens=100", "1024"]),
         ("design_space", ["--learning-rate", "0"], 1, ["learning_rate=0.0"]),
         ("design_space", ["--text", "none.txt"], 1, ["no such text file", "none.txt"]),
         ("learning_rates", ["--start", "-1"], 1, ["learning_rate=-1.0"]),

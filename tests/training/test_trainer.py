@@ -423,8 +423,8 @@ def test_refuses_a_tokenizer_larger_than_the_vocabulary(streams, tmp_path):
 @pytest.mark.parametrize(
     ("length", "batch", "expected"),
     [
-        (1_000, 4, r"1502 tokens, 1 windows of 1000: fewer than one batch of 4; .* is 1$"),
-        (16, 94, r"93 windows of 16: fewer than one batch of 94; .* is 93$"),
+        (1_000, 4, r"1502 tokens, 1 rows of 1000: fewer than one batch of 4; .* is 1$"),
+        (16, 94, r"93 rows of 16: fewer than one batch of 94; .* is 93$"),
         (2_000, 1, r"1502 tokens: shorter than one window of sequence_length=2000; .* is 1501$"),
     ],
 )
