@@ -110,7 +110,7 @@ def recipe(
         execution=chunked(scale.execution, at_once),
         eval_every=max(steps // scale.validations, 1),
         eval_tokens=scale.validation_tokens,
-        checkpoint_every=max(steps // scale.validations, 1),
+        checkpoint_every=max(steps // scale.validations, min(100, steps)),
         log_every=min(scale.log_every, steps),
     )
 

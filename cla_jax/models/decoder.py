@@ -35,12 +35,13 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.config, self.execution = config, execution
-        dtype = jnp.dtype(execution.compute_dtype)
         init = nnx.initializers.normal(config.init_std)
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.d_model,
-            dtype=dtype,
+            # Looked up in float32 and rounded after: a frequent token's gradient is the sum of
+            # thousands of rows, which bfloat16 would lose and GPUs add slowly.
+            dtype=jnp.float32,
             embedding_init=init,
             embedding_metadata=named("vocab", "embed"),
             rngs=rngs,
@@ -82,7 +83,8 @@ class Decoder(nnx.Module):
             positions = positions_in_documents(documents)
         angles = rotary(positions, self.config.rotary, self.config.rope_theta)
         context = LayerContext(angles, documents)
-        x = constrain(self.embedding(tokens), "batch", "length", "model")
+        x = self.embedding(tokens).astype(self.execution.compute_dtype)
+        x = constrain(x, "batch", "length", "model")
         x = scan_layers(
             lambda layer, x, kv: layer(x, kv, context),
             self.config.sharing,

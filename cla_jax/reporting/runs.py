@@ -52,7 +52,7 @@ class Run:
         kv_bytes_per_token: of the 16-bit KV cache.
         steps: optimizer updates.
         tokens: training tokens.
-        seconds: of wall clock.
+        seconds: of training, at its median rate: compiling, saving and validating apart.
         validation_loss: at the end, nats per token.
         validation_perplexity: at the end.
         seed: of the parameters.

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -179,12 +180,8 @@ def _result(
     config: ModelConfig, training: TrainConfig, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     validation = [r for r in records if "validation_loss" in r][-1]
-    steps = [r for r in records if "loss" in r]
-    tokens = [r["tokens"] for r in steps]
-    seconds = sum(
-        (now - before) / r["tokens_per_second"]
-        for r, now, before in zip(steps, tokens, [0, *tokens[:-1]], strict=True)
-    )
+    # The median: the first record holds the compilation, others a save.
+    rate = statistics.median(r["tokens_per_second"] for r in records if "loss" in r)
     return {
         "model": config.name,
         "parameters": config.parameters,
@@ -195,7 +192,7 @@ def _result(
         "kv_bytes_per_token": config.kv_bytes_per_token,
         "steps": training.steps,
         "tokens": validation["tokens"],
-        "seconds": seconds,
+        "seconds": validation["tokens"] / rate,
         "validation_loss": validation["validation_loss"],
         "validation_perplexity": validation["validation_perplexity"],
         "seed": training.seed,
