@@ -290,8 +290,45 @@ from cla_jax.training import trainer
 write = trainer.MetricLog.write
 trainer.MetricLog.write = lambda log, record: (write(log, record), time.sleep(0.02))
 config, training, data, out = pickle.loads(bytes.fromhex(sys.argv[1]))
-trainer.train(config, training, trainer.Streams.open(data), out)
+trainer.train(config, training, trainer.Streams.open(data), out, resume=True)
 """
+
+
+def start(config, training, streams, run) -> subprocess.Popen:
+    """Begin, or go on with, a run in another process, at most 50 records a second."""
+    job = pickle.dumps((config, training, str(streams.train.directory.parent), str(run)))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", _KILLED, job.hex()]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_25_kills_at_random_points_change_no_bit(streams, tmp_path):
+    """SIGKILL at any time: while starting, compiling, stepping, validating or saving."""
+    training = dataclasses.replace(
+        TRAINING, steps=3000, eval_every=40, checkpoint_every=7, log_every=1
+    )
+    run, random = tmp_path / "run", np.random.default_rng(0)
+    log, reached = run / "metrics.jsonl", []
+    for kill in range(25):
+        process = start(CONFIG, training, streams, run)
+        size = log.stat().st_size if log.exists() else 0
+        deadline = time.monotonic() + 120
+        # Every fifth falls somewhere in the start, the others after the log has grown.
+        while kill % 5 and (not log.exists() or log.stat().st_size <= size):
+            assert process.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 8.0 if kill % 5 == 0 else 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        saved = [int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()]
+        reached.append(max(saved, default=0))
+    assert not (run / "result.json").exists()
+    assert reached == sorted(reached)  # no kill ever lost a checkpoint
+    assert reached[-1] > 100
+    resumed = train(CONFIG, training, streams, run, resume=True)
+    same_run(resumed, train(CONFIG, training, streams, tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -299,11 +336,7 @@ def test_resume_after_a_kill_is_exact(streams, tmp_path):
     """SIGKILL, at some moment after a few checkpoints, of another process."""
     training = dataclasses.replace(TRAINING, steps=60, eval_every=10, checkpoint_every=2)
     run = tmp_path / "run"
-    job = pickle.dumps((CONFIG, training, str(streams.train.directory.parent), str(run)))
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
-    command = [sys.executable, "-c", _KILLED, job.hex()]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = start(CONFIG, training, streams, run)
     try:
         deadline = time.monotonic() + 240
         while not any((run / "checkpoints" / str(n)).exists() for n in range(6, 61, 2)):
