@@ -54,7 +54,7 @@ SCALES: dict[str, Scale] = {
     ),
     "mini": Scale(
         tokens=100_000_000, sequence_length=2048, batch_size=16, micro_batch=0,
-        learning_rate=1e-3, first_rate=3e-4, validation_tokens=1_000_000, validations=10,
+        learning_rate=6e-4, first_rate=3e-4, validation_tokens=1_000_000, validations=10,
         log_every=10, execution=_GPU,
     ),
     "1B": Scale(

@@ -76,14 +76,15 @@ def main(options: CompileTime) -> None:
     ]
     print(rows[0].replace(",", "  "))
     first: tuple[float, int] | None = None
-    # One task for each process: nothing is cached from the one before.
+    # One task for each process: nothing is cached from the one before. Depths take turns, so that
+    # whatever else the machine does falls on all of them.
     processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    for num_layers in options.layers:
-        measurements = [
-            processes.submit(compile_train_step, num_layers, options.unrolled)
-            for _ in range(options.repeats)
-        ]
-        runs = [measurement.result() for measurement in measurements]
+    measured: dict[int, list[Compiled]] = {num_layers: [] for num_layers in options.layers}
+    for _ in range(options.repeats):
+        for num_layers in options.layers:
+            job = processes.submit(compile_train_step, num_layers, options.unrolled)
+            measured[num_layers].append(job.result())
+    for num_layers, runs in measured.items():
         trace = statistics.median(run.trace for run in runs)
         compile_ = statistics.median(run.compile for run in runs)
         total = statistics.median(run.trace + run.compile for run in runs)
