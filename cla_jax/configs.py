@@ -243,6 +243,14 @@ class OptimizerConfig:
         for field in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be between 0 and 1")
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 0, below 1")
+        for field in ("epsilon", "clip_norm"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}={getattr(self, field)} must be positive")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must be 0 or positive")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,9 +108,9 @@ def recipe(
         data=data,
         optimizer=OptimizerConfig(scale.learning_rate if learning_rate is None else learning_rate),
         execution=chunked(scale.execution, at_once),
-        eval_every=max(steps // scale.validations, 1),
+        eval_every=-(-steps // scale.validations),
         eval_tokens=scale.validation_tokens,
-        checkpoint_every=max(steps // scale.validations, min(100, steps)),
+        checkpoint_every=max(-(-steps // scale.validations), min(100, steps)),
         log_every=min(scale.log_every, steps),
     )
 

@@ -61,6 +61,12 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def append_json(path: Path, value: Any) -> None:
+    """Adds a line of JSON to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file in one rename; what stood there before stays if that fails."""
     staging = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"

@@ -1,5 +1,7 @@
 """Checkpoints with Orbax: the whole training state, with what it belongs to."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -8,6 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from cla_jax.training.step import TrainState
+
+FORCE_HINT = " (--force goes on with another recipe or other data, not with another model)"
 
 
 class Restored(NamedTuple):
@@ -59,7 +63,11 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         # Waits for asynchronous saves; leaving without it ends the process with none on disk.
-        self._manager.close()
+        if error is None:
+            with self._saving():
+                self._manager.wait_until_finished()
+        with contextlib.suppress(Exception):  # said before, or less than what ends the run now
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -67,23 +75,27 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Start saving; returns as soon as the arrays are copied."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(data),
-                identity=ocp.args.JsonSave(self.identity),
-            ),
+        """Start saving; returns as soon as the arrays are copied.
+
+        Raises:
+            OSError: this save, or the one before, could not be written.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            identity=ocp.args.JsonSave(self.identity),
         )
+        with self._saving():
+            self._manager.save(int(state.step), args=args)
 
     def wait(self) -> None:
         """Until every save that was started is on disk.
 
         Raises:
-            OSError: or whatever else kept one from being written.
+            OSError: one could not be written; names the last whole checkpoint.
         """
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> Restored | None:
         """The newest checkpoint, or None if there is none.
@@ -100,7 +112,7 @@ class Checkpoints:
             return None
         where = f"the checkpoint {self.directory / str(step)}"
         saved = self._items(step, where, identity=ocp.args.JsonRestore())["identity"]
-        check_identity(saved, self.identity, where, force=self._force)
+        check_identity(saved, self.identity, where, force=self._force, hint=FORCE_HINT)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = self._items(
             step,
@@ -113,10 +125,27 @@ class Checkpoints:
     def _items(self, step: int, where: str, **args: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (KeyError, FileNotFoundError, ValueError) as error:
+        except Exception as error:  # TensorStore raises whatever it likes
             raise ValueError(
-                f"{where} is damaged: {error}. Move it away, and the one before it is taken"
-            ) from error
+                f"{where} is damaged: {_first_line(error)} ... Move it away, and the one before it "
+                "is taken"
+            ) from None
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            steps = sorted(self._manager.all_steps())
+            raise OSError(
+                f"could not save a checkpoint: {_first_line(error)} ... The last whole one is "
+                f"{'none' if not steps else f'step {steps[-1]}'}; free space in {self.directory}, "
+                "and the run goes on from there (--resume)"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
 def check_identity(
@@ -125,6 +154,7 @@ def check_identity(
     where: str,
     *,
     force: bool = False,
+    hint: str = "",
 ) -> None:
     """Compare what was saved with what is wanted.
 
@@ -133,6 +163,7 @@ def check_identity(
         wanted: values by section.
         where: of what was saved, for the message.
         force: overlook every difference but the architecture's.
+        hint: what else the message may advise.
 
     Raises:
         ValueError: names every field that differs, with both values.
@@ -148,6 +179,6 @@ def check_identity(
     if differences:
         raise ValueError(
             f"{where} is of another configuration; give this run another directory, or the "
-            "configuration that it was made with (--force goes on with another recipe or other "
-            "data, not with another model). What differs:\n  " + "\n  ".join(differences)
+            f"configuration that it was made with{hint}. What differs:\n  "
+            + "\n  ".join(differences)
         )

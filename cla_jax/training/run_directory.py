@@ -7,7 +7,6 @@ It holds `config.json` (resolved configuration, package versions, data fingerpri
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jax
 from cla_jax.configs import ModelConfig, TrainConfig
 from cla_jax.data.pipeline import data_fingerprint
 from cla_jax.data.token_stream import Streams
-from cla_jax.training.checkpoints import check_identity
+from cla_jax.training.checkpoints import FORCE_HINT, check_identity
 
 _PACKAGES = ("cla-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -56,7 +55,11 @@ def check_directory(directory: Path, identity: Identity, resume: bool, force: bo
     if config.exists():
         saved = read_json(config)
         sections = {k: v for k, v in saved.items() if k in identity and isinstance(v, dict)}
-        check_identity(sections, identity, f"the run in {directory}", force=force)
+        # A finished run is only loaded: what it was trained with cannot be overlooked.
+        finished = (directory / "result.json").exists()
+        hint = "" if finished else FORCE_HINT
+        where = f"the {'finished ' if finished else ''}run in {directory}"
+        check_identity(sections, identity, where, force=force and not finished, hint=hint)
         if not resume:
             raise ValueError(
                 f"{directory} already holds this run: resume it (--resume), or choose another "
@@ -93,10 +96,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a run's: it holds no JSON object")
     return values
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object in one rename."""
-    replacement = path.with_name(path.name + ".new")
-    replacement.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    os.replace(replacement, path)

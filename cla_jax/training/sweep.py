@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from cla_jax.configs import ModelConfig, TrainConfig
+from cla_jax.data.files import write_bytes, write_json
 from cla_jax.data.token_stream import Streams
 from cla_jax.training.checkpoints import check_identity
 from cla_jax.training.trainer import check_run, train
@@ -111,8 +112,7 @@ class Sweep:
             check_run(entry.config, entry.training, self.streams, place, resume=True)
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / "sweep.json").exists():
-            text = json.dumps(self._record, indent=2) + "\n"
-            _write_atomically(self.directory / "sweep.json", text)
+            write_json(self.directory / "sweep.json", self._record)
 
         outcomes, seconds, trained = list[Outcome](), 0.0, 0
         for number, entry in enumerate(entries, start=1):
@@ -154,7 +154,7 @@ class Sweep:
             return Outcome(entry, result=trained.result)
         except FloatingPointError as error:
             message = f"diverged: {error}"
-            _write_atomically(place / "diverged.txt", message + "\n")
+            write_bytes(place / "diverged.txt", f"{message}\n".encode())
             return Outcome(entry, error=message, diverged=True)
         except Exception as error:
             # Out of memory, a full disk or a bug: the other runs are not to blame.
@@ -202,10 +202,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    # Processes may share a sweep: each writes under a name of its own.
-    replacement = path.with_name(f".{path.name}.{os.getpid()}")
-    replacement.write_text(text, "utf-8")
-    os.replace(replacement, path)

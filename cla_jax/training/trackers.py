@@ -1,5 +1,6 @@
 """Where metrics go beside the run's own log: TensorBoard, Weights & Biases."""
 
+import hashlib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,17 +68,16 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of the project cla-jax; the directory names it, so a resumed one goes on in place."""
+    """A run of the project cla-jax; its place names it, so a resumed one goes on there."""
 
     def __init__(self, directory: Path) -> None:
-        self._name, self._run = directory.name, None
+        place = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:8]
+        self._name, self._id, self._run = directory.name, f"{directory.name}-{place}", None
 
     def write(self, record: dict[str, Any]) -> None:
         if self._run is None:
             module: Any = importlib.import_module("wandb")
-            self._run = module.init(
-                project="cla-jax", id=self._name, name=self._name, resume="allow"
-            )
+            self._run = module.init(project="cla-jax", id=self._id, name=self._name, resume="allow")
         self._run.log(_values(record), step=record["step"])
 
     def close(self) -> None:

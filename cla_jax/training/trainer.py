@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.configs import DataConfig, ModelConfig, TrainConfig
+from cla_jax.data.files import append_json, write_json
 from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches, training_rows
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
@@ -21,13 +22,7 @@ from cla_jax.training.interruption import Interrupted, StopRequest
 from cla_jax.training.loss import check_loss_chunk
 from cla_jax.training.metrics import MetricLog, TrainingProgress, read_metrics
 from cla_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from cla_jax.training.run_directory import (
-    check_directory,
-    identity_of,
-    read_json,
-    versions,
-    write_json,
-)
+from cla_jax.training.run_directory import check_directory, identity_of, read_json, versions
 from cla_jax.training.step import (
     Model,
     Params,
@@ -111,7 +106,8 @@ def train(
 
     result_file = directory / "result.json"
     directory.mkdir(parents=True, exist_ok=True)
-    if not result_file.exists():
+    begun = (directory / "config.json").exists()
+    if not begun:
         write_json(directory / "config.json", resolved)
     with Checkpoints(
         directory / "checkpoints", identity, keep=training.keep_checkpoints, force=force
@@ -127,7 +123,10 @@ def train(
                 )
             return Trained(directory, model, state.params, read_json(result_file))
         start = int(state.step)
+        if begun:  # what the run was begun with stays as it was written
+            append_json(directory / "resumes.jsonl", {"step": start, **resolved})
         with (
+            StopRequest() as stop,
             MetricLog(directory / "metrics.jsonl", resume_step=start, trackers=trackers) as log,
             TrainingProgress(config.name, training.steps, start) as progress,
         ):
@@ -135,15 +134,15 @@ def train(
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
             loop = _Loop(
-                model, training, streams, checkpoints, log, progress, len(state.step.devices())
-            )
+                model, training, streams, checkpoints, log, progress, stop,
+                len(state.step.devices()),
+            )  # fmt: skip
             if start < training.steps:
                 state = loop.run(state, iterator, make_train_step(model, optimizer, micro_batches))
-            if log.last_step("validation_loss") != training.steps:
-                loop.validate(state)
-            if start < training.steps:
                 checkpoints.save(state, iterator.get_state())
-        checkpoints.wait()
+            if log.last_step("validation_loss") != training.steps:
+                loop.validate(state, last=True)
+            checkpoints.wait()
     result = _result(config, training, read_metrics(directory / "metrics.jsonl"))
     write_json(result_file, result)
     return Trained(directory, model, state.params, result)
@@ -210,10 +209,12 @@ class _Loop:
         checkpoints: Checkpoints,
         log: MetricLog,
         progress: TrainingProgress,
+        stop: StopRequest,
         devices: int,
     ) -> None:
         self.training, self.streams = training, streams
         self.checkpoints, self.log, self.progress = checkpoints, log, progress
+        self.stop = stop
         self.eval_step = make_eval_step(model)
         self.schedule = learning_rate_schedule(training.optimizer, training.steps)
         self.tokens_per_step = _tokens_per_step(training.data)
@@ -231,28 +232,26 @@ class _Loop:
         """
         training, step = self.training, int(state.step)
         self._clock, self._logged = time.perf_counter(), step
-        with StopRequest() as stop:
-            while step < training.steps:
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = train_step(state, next(iterator))
-                step += 1
-                # A step's metrics are read when the next is under way, so that reading never idles
-                # the device.
-                self._flush()
-                self._pending = (step, metrics)
-                if step == training.steps:
-                    break
-                if _every(training.eval_every, step):
-                    self._flush()
-                    self.validate(state)
-                    self._clock, self._logged = time.perf_counter(), step
-                if _every(training.checkpoint_every, step) or stop.signal is not None:
-                    self._flush()
-                    self.checkpoints.save(state, iterator.get_state())
-                if stop.signal is not None:
-                    self.checkpoints.wait()
-                    raise Interrupted(stop.signal, step)
+        while step < training.steps:
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, next(iterator))
+            step += 1
+            # A step's metrics are read when the next is under way, so that reading never idles
+            # the device.
             self._flush()
+            self._pending = (step, metrics)
+            if step == training.steps:
+                break
+            if _every(training.eval_every, step):
+                self._flush()
+                self.validate(state)
+                self._clock, self._logged = time.perf_counter(), step
+            if _every(training.checkpoint_every, step) or self.stop.signal is not None:
+                self._flush()
+                self.checkpoints.save(state, iterator.get_state())
+            if self.stop.signal is not None:
+                self._leave(step)
+        self._flush()
         return state
 
     def _flush(self) -> None:
@@ -294,8 +293,12 @@ class _Loop:
             "warm-up is the usual cure"
         )
 
-    def validate(self, state: TrainState) -> float:
-        """Mean loss over the validation stream, in nats per token; recorded."""
+    def validate(self, state: TrainState, *, last: bool = False) -> None:
+        """Record the mean loss over the validation stream, in nats per token.
+
+        Raises:
+            Interrupted: a signal came during the `last` one, whose state is saved already.
+        """
         data = self.training.data
         total = count = 0.0
         dataset = evaluation_batches(
@@ -306,6 +309,8 @@ class _Loop:
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         for batch in dataset:
+            if last and self.stop.signal is not None:
+                self._leave(int(state.step))
             losses, tokens = self.eval_step(state.params, batch)
             total, count = total + float(losses), count + float(tokens)
         loss, step = total / count, int(state.step)
@@ -323,7 +328,11 @@ class _Loop:
             }
         )
         self.progress.say(f"step {step}: validation perplexity {math.exp(loss):.3f}")
-        return loss
+
+    def _leave(self, step: int) -> None:
+        assert self.stop.signal is not None
+        self.checkpoints.wait()
+        raise Interrupted(self.stop.signal, step)
 
 
 def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> None:

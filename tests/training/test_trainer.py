@@ -564,3 +564,84 @@ def test_a_signal_saves_and_leaves_with_its_own_code(
     assert caught.value.exit_code == 128 + number
     assert (tmp_path / "run" / "checkpoints" / "6").is_dir()
     same_run(train(CONFIG, TRAINING, streams, tmp_path / "run", resume=True), straight)
+
+
+def test_a_signal_in_the_last_validation_finds_the_run_saved(
+    straight, streams, tmp_path, monkeypatch
+):
+    save = trainer.Checkpoints.save
+
+    def save_and_signal(checkpoints, state, data):
+        save(checkpoints, state, data)
+        if int(state.step) == 12:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Checkpoints, "save", save_and_signal)
+        with pytest.raises(Interrupted, match="saved at step 12"):
+            train(CONFIG, TRAINING, streams, tmp_path / "run")
+    same_run(train(CONFIG, TRAINING, streams, tmp_path / "run", resume=True), straight)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def unfinished(straight, tmp_path) -> Path:
+    shutil.copytree(straight.directory, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    return tmp_path / "run"
+
+
+def test_a_damaged_checkpoint_is_named_in_one_line(straight, streams, tmp_path):
+    run = unfinished(straight, tmp_path)
+    data = max((run / "checkpoints" / "12" / "state").rglob("*"), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoints/12 is damaged: .*Move it away") as caught:
+        train(CONFIG, TRAINING, streams, run, resume=True)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(run / "checkpoints" / "12")
+    same_run(train(CONFIG, TRAINING, streams, run, resume=True), straight)
+
+
+def test_a_full_disk_while_saving_keeps_the_last_checkpoint(
+    straight, streams, tmp_path, monkeypatch
+):
+    manager = trainer.Checkpoints(tmp_path / "probe", {})._manager.__class__
+    save = manager.save
+
+    def full(self, step, **kwargs):
+        if step == 8:
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand much more")
+        return save(self, step, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "save", full)
+        with pytest.raises(
+            OSError, match=r"could not save .*No space left.* is step 4; free space"
+        ):
+            train(CONFIG, TRAINING, streams, tmp_path / "run")
+    same_run(train(CONFIG, TRAINING, streams, tmp_path / "run", resume=True), straight)
+
+
+# --- force ----------------------------------------------------------------------------------------
+
+
+def test_force_goes_on_with_another_recipe_and_keeps_what_was_written(straight, streams, tmp_path):
+    run = unfinished(straight, tmp_path)
+    before = (run / "config.json").read_bytes()
+    longer = dataclasses.replace(TRAINING, steps=14)
+    refused(r"--force goes on", CONFIG, longer, streams, run, resume=True)
+    trained = train(CONFIG, longer, streams, run, resume=True, force=True)
+    assert trained.result["steps"] == 14
+    assert (run / "config.json").read_bytes() == before
+    (resume,) = (json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines())
+    assert (resume["step"], resume["training"]["steps"]) == (12, 14)
+
+
+def test_force_changes_neither_a_finished_run_nor_the_model(straight, streams, tmp_path):
+    longer = dataclasses.replace(TRAINING, steps=14)
+    arguments = (streams, straight.directory)
+    refused("the finished run", CONFIG, longer, *arguments, resume=True, force=True)
+    run = unfinished(straight, tmp_path)
+    wider = dataclasses.replace(CONFIG, ffn_dim=64)
+    refused(r"ffn_dim: 32 there, 64 here", wider, TRAINING, streams, run, resume=True, force=True)
