@@ -59,7 +59,7 @@ def run_experiment(name: str, main: Callable[[], int]) -> NoReturn:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt as error:  # a run's says where it was saved
         where = str(error).partition(";")[0] or "interrupted"
-        print(f"{name}: {where}; the same command goes on from there", file=sys.stderr)
+        print(f"{name}: stopped, {where}; the same command goes on from there", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 130))
     sys.exit(1 if failed else 0)
 
