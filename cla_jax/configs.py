@@ -18,6 +18,12 @@ ComputeDtype = Literal["bfloat16", "float32"]
 Tracker = Literal["tensorboard", "wandb"]
 
 
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`: the valid choice that a message names."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return min(divisors, key=lambda n: abs(n - wanted))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer with a K/V sharing map.
@@ -79,8 +85,7 @@ class ModelConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"{self.name}: {field}={getattr(self, field)} must be positive")
         if self.query_heads % self.kv_heads:
-            divisors = [k for k in range(1, self.query_heads + 1) if self.query_heads % k == 0]
-            nearest = min(divisors, key=lambda k: abs(k - self.kv_heads))
+            nearest = nearest_divisor(self.query_heads, self.kv_heads)
             raise ValueError(
                 f"{self.name}: kv_heads={self.kv_heads} does not divide "
                 f"query_heads={self.query_heads}; the nearest that does is {nearest}"

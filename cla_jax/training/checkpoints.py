@@ -64,8 +64,7 @@ class Checkpoints:
     ) -> None:
         # Waits for asynchronous saves; leaving without it ends the process with none on disk.
         if error is None:
-            with self._saving():
-                self._manager.wait_until_finished()
+            self.wait()
         with contextlib.suppress(Exception):  # said before, or less than what ends the run now
             self._manager.close()
 

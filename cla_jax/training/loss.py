@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from cla_jax.configs import nearest_divisor
 from cla_jax.models import Decoder
 
 type _Residuals = tuple[jax.Array, jax.Array, jax.Array]
@@ -75,8 +76,7 @@ def check_loss_chunk(chunk: int, tokens: int) -> None:
         ValueError: names the nearest chunk that divides.
     """
     if chunk and chunk < tokens and tokens % chunk:
-        divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - chunk))
+        nearest = nearest_divisor(tokens, chunk)
         raise ValueError(
             f"loss_chunk={chunk} does not divide the batch's {tokens} tokens; the nearest that "
             f"does is {nearest}"

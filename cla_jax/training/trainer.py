@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cla_jax.configs import DataConfig, ModelConfig, TrainConfig
+from cla_jax.configs import DataConfig, ModelConfig, TrainConfig, nearest_divisor
 from cla_jax.data.files import append_json, write_json
 from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches, training_rows
 from cla_jax.data.token_stream import Streams, TokenStream
@@ -382,8 +382,7 @@ def _micro_batches(training: TrainConfig) -> int:
     if not micro:
         return 1
     if batch % micro:
-        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - micro))
+        nearest = nearest_divisor(batch, micro)
         raise ValueError(
             f"micro_batch_size={micro} does not divide batch_size={batch}; the nearest that does "
             f"is {nearest}"
