@@ -40,7 +40,7 @@ class Decoder(nnx.Module):
             config.vocab_size,
             config.d_model,
             # Looked up in float32 and rounded after: a frequent token's gradient is the sum of
-            # thousands of rows, which bfloat16 would lose and GPUs add slowly.
+            # thousands of rows, which bfloat16 sums coarsely and GPUs add slowly.
             dtype=jnp.float32,
             embedding_init=init,
             embedding_metadata=named("vocab", "embed"),
