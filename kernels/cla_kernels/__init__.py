@@ -1,0 +1,15 @@
+"""Kernels for caches that layers share; depends on JAX alone.
+
+`decode_attention` is one operation with several implementations behind one signature. Axes: `B`
+batch, `S` cache length, `T` query length, `G` stacked KV layers, `N` query heads, `K` KV heads,
+`H` head dim.
+"""
+
+from cla_kernels.decode_attention import (
+    IMPLEMENTATIONS,
+    Implementation,
+    choose_implementation,
+    decode_attention,
+)
+
+__all__ = ["IMPLEMENTATIONS", "Implementation", "choose_implementation", "decode_attention"]

@@ -1,0 +1,116 @@
+"""Attention of a few new queries over a cache: the signature, its checks and the choice."""
+
+import difflib
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from cla_kernels import _cudnn, _reference, _xla
+
+__all__ = ["IMPLEMENTATIONS", "Implementation", "choose_implementation", "decode_attention"]
+
+Implementation = Literal["reference", "xla", "cudnn"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+
+_FUNCTIONS = {
+    "reference": _reference.decode_attention,
+    "xla": _xla.decode_attention,
+    "cudnn": _cudnn.decode_attention,
+}
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    layer: int | jax.Array = 0,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Softmax attention of the last `T` queries of each row over one layer of a stacked cache.
+
+    `lengths[b]` counts the keys that row `b`'s *last* query sees; query `t` sits at position
+    `lengths[b] - T + t` and sees the keys from 0 up to its own position (causal, aligned at the
+    end). A length may exceed `S`, where the last queries are padding; a query that sees no key
+    gives zeros. Keys are already rotated. Query head `n` reads KV head `n // (N // K)`.
+
+    Works under `jax.jit`, `jax.vmap` and in a scan over layers.
+
+    Args:
+        q: queries `[B, T, N, H]`, floating.
+        k: cached keys `[G, B, S, K, H]`, floating; may be narrower than `q`, as a bfloat16 cache
+            under float32 queries.
+        v: cached values, like `k`.
+        lengths: int32 `[B]`.
+        layer: which of the `G` layers; a Python int or a traced int32 scalar.
+        scale: of the scores; default `H ** -0.5`.
+        implementation: one of `IMPLEMENTATIONS`; default `choose_implementation`'s.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of `q`. Scores and softmax are float32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, a `layer` outside the stack, an
+            unknown implementation, or one that cannot take these inputs (says why).
+    """
+    _check(q, k, v, lengths, layer)
+    if implementation is None:
+        implementation, _ = choose_implementation(q, k)
+    elif implementation not in IMPLEMENTATIONS:
+        near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"unknown implementation {implementation!r} of decode_attention; expected one of "
+            f"{', '.join(IMPLEMENTATIONS)}; the nearest is {near[0]!r}"
+        )
+    elif implementation == "cudnn" and (obstacle := _cudnn.obstacle(q, k)):
+        raise ValueError(f"decode_attention cannot run on cuDNN here: {obstacle}")
+    scale_ = q.shape[-1] ** -0.5 if scale is None else scale
+    layer = layer if isinstance(layer, int) else layer.astype(jnp.int32)
+    with jax.named_scope(f"decode_attention_{implementation}"):
+        return _FUNCTIONS[implementation](q, k, v, lengths, layer, scale_)
+
+
+def choose_implementation(q: jax.Array, k: jax.Array) -> tuple[Implementation, str]:
+    """The fastest implementation for these inputs on the default device, and why in one line.
+
+    Args:
+        q: queries `[B, T, N, H]`, or their shape and dtype.
+        k: cached keys `[G, B, S, K, H]`, or their shape and dtype.
+    """
+    if obstacle := _cudnn.obstacle(q, k):
+        return "xla", f"not cuDNN: {obstacle}"
+    return "cudnn", "one query a row, 16-bit types and a head dim that cuDNN takes"
+
+
+def _check(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, layer: int | jax.Array
+) -> None:
+    if q.ndim != 4 or k.ndim != 5:
+        raise ValueError(
+            f"q is {q.shape} and k {k.shape}: expected q [B, T, N, H] and k [G, B, S, K, H]"
+        )
+    B, T, N, H = q.shape
+    G, cache_rows, _, K, cache_dim = k.shape
+    if k.shape != v.shape or k.dtype != v.dtype:
+        raise ValueError(f"k {k.shape} {k.dtype} and v {v.shape} {v.dtype} must be alike")
+    if (cache_rows, cache_dim) != (B, H):
+        raise ValueError(
+            f"q {q.shape} has batch {B} and head dim {H}; the cache {k.shape} has batch "
+            f"{cache_rows} and head dim {cache_dim}"
+        )
+    if K < 1 or N % K:
+        raise ValueError(f"{N} query heads are no multiple of {K} KV heads")
+    if T < 1:
+        raise ValueError("T is 0: expected at least one query a row")
+    for name, array in (("q", q), ("k", k)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} is {array.dtype}: expected a floating dtype")
+    if lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths are {lengths.dtype} {lengths.shape}: expected an integer for each of {B} rows"
+        )
+    if isinstance(layer, int) and not 0 <= layer < G:
+        raise ValueError(f"layer {layer}: the cache has {G}, expected 0 to {G - 1}")
