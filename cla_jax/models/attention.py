@@ -5,6 +5,7 @@ Axes: `B` batch, `T` query length, `S` key length, `N` query heads, `K` KV heads
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -24,6 +25,10 @@ class KV(NamedTuple):
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
+
+
+type Attend = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
+"""From rotated queries to attention outputs, over K/V that it knows."""
 
 
 class LayerContext(NamedTuple):
@@ -91,7 +96,7 @@ def attention_path(
 def attend(
     q: Float[Array, "B T N H"], kv: KV, documents: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T N H"]:
-    """Causal softmax attention of whole sequences, for training: query `t` sees keys `0..t`.
+    """Causal softmax attention of whole sequences: query `t` sees keys `0..t`.
 
     Query head `n` reads KV head `n // (N // K)`. With `documents`, a query sees the keys of its own
     document only; that route passes an explicit mask, which the fused kernel reads from memory.
@@ -99,18 +104,48 @@ def attend(
     Returns:
         `[B, T, N, H]` in the dtype of `q`.
     """
-    head_dim = q.shape[-1]
-    path = attention_path(head_dim, q.dtype, None if documents is None else q.shape[1])
     mask: Bool[Array, "B 1 T T"] | None = None
     if documents is not None:
         mask = documents[:, None, :, None] == documents[:, None, None, :]
+    return _attention(q, kv, mask, is_causal=True)
+
+
+def attend_behind(
+    q: Float[Array, "B T N H"], kv: KV, starts: Int[Array, "B"]
+) -> Float[Array, "B T N H"]:
+    """Causal attention of a chunk of each row: query `t` sees keys `0..starts[b] + t`.
+
+    `jax.nn` aligns its causal mask at the first key, so a chunk that does not begin its row passes
+    an explicit mask.
+
+    Args:
+        q: queries of the chunk.
+        kv: keys and values `[B, S, K, H]` of the row so far, the chunk's included.
+        starts: position of each row's first query.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of `q`.
+    """
+    positions = starts[:, None] + jnp.arange(q.shape[1], dtype=starts.dtype)[None, :]
+    keys = jnp.arange(kv.k.shape[1], dtype=starts.dtype)
+    mask = keys[None, None, None, :] <= positions[:, None, :, None]
+    return _attention(q, kv, mask, is_causal=False)
+
+
+def _attention(
+    q: Float[Array, "B T N H"], kv: KV, mask: Bool[Array, "B 1 T S"] | None, *, is_causal: bool
+) -> Float[Array, "B T N H"]:
+    head_dim = q.shape[-1]
+    # cuDNN's masks are of even length in both directions.
+    odd = None if mask is None else next((n for n in mask.shape[2:] if n % 2), mask.shape[2])
+    path = attention_path(head_dim, q.dtype, odd)
     padding = ((0, 0), (0, 0), (0, 0), (0, path.head_dim - head_dim))
     if path.head_dim != head_dim:
         q, kv = jnp.pad(q, padding), KV(jnp.pad(kv.k, padding), jnp.pad(kv.v, padding))
     # jax.nn mixes float32 softmax statistics with 16-bit inputs on purpose.
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
-            q, kv.k, kv.v, mask=mask, is_causal=True, scale=head_dim**-0.5,
+            q, kv.k, kv.v, mask=mask, is_causal=is_causal, scale=head_dim**-0.5,
             implementation=path.implementation,
         )  # fmt: skip
     return out[..., :head_dim]
@@ -174,9 +209,9 @@ class QueryAttention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], kv: KV, context: LayerContext
+        self, x: Float[Array, "B T D"], attend: Attend, angles: Rotary
     ) -> Float[Array, "B T D"]:
-        """Attention output `[B, T, D]` of a (normalised) input over an owner's K/V."""
+        """Attention output `[B, T, D]` of a (normalised) input; `attend` reads an owner's K/V."""
         axes = ("batch", "length", "heads", "head_dim")
-        q = constrain(rotate(self.query(x), context.rotary), *axes)
-        return self.out(constrain(attend(q, kv, context.documents), *axes))
+        q = constrain(rotate(self.query(x), angles), *axes)
+        return self.out(constrain(attend(q), *axes))

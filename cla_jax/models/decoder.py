@@ -2,12 +2,13 @@
 
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cla_jax.configs import ExecutionConfig, ModelConfig
-from cla_jax.models.attention import LayerContext
+from cla_jax.models.attention import KV, LayerContext
 from cla_jax.models.layers import DecoderLayer
 from cla_jax.models.normalization import Norm
 from cla_jax.models.rotary import positions_in_documents, rotary
@@ -83,16 +84,22 @@ class Decoder(nnx.Module):
             positions = positions_in_documents(documents)
         angles = rotary(positions, self.config.rotary, self.config.rope_theta)
         context = LayerContext(angles, documents)
-        x = self.embedding(tokens).astype(self.execution.compute_dtype)
-        x = constrain(x, "batch", "length", "model")
-        x = scan_layers(
+        return self.final_norm(self._run_layers(self.embed(tokens), context))
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The embeddings of tokens, in the compute dtype; NaN for an id outside the vocabulary."""
+        # Looked up as they are and rounded after (the constructor says why).
+        x = jnp.take(self.embedding.embedding[...], tokens, axis=0)
+        return constrain(x.astype(self.execution.compute_dtype), "batch", "length", "model")
+
+    def _run_layers(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
+        return scan_layers(
             lambda layer, x, kv: layer(x, kv, context),
             self.config.sharing,
             self.layers,
             x,
             self.execution,
         )
-        return self.final_norm(x)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, float32, of activations after the final norm."""
@@ -111,3 +118,50 @@ class Decoder(nnx.Module):
     def layer(self, index: int) -> DecoderLayer:
         """One layer by its index, with parameters of its own shape rather than stacked."""
         return cast(DecoderLayer, unstack_layer(self.layers, self.config.sharing, index))
+
+    def unstacked(self) -> "UnstackedDecoder":
+        """The same decoder for inference: see `UnstackedDecoder`."""
+        return jax.jit(UnstackedDecoder)(self)
+
+
+class UnstackedDecoder(Decoder):
+    """A decoder with a module for each layer, and weights in the compute dtype.
+
+    A step that decodes reads every weight once for a handful of tokens. Stacked weights would be
+    sliced, and float32 weights rounded, again at every step: here both are done once. It computes
+    what the decoder it is made of computes: the weights are rounded to what their products would
+    round them to, and the norms stay float32.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.config, self.execution = decoder.config, decoder.execution
+        dtype = jnp.dtype(self.execution.compute_dtype)
+        self.embedding = _rounded(decoder.embedding, dtype)
+        self.layers = nnx.List(
+            _rounded(decoder.layer(i), dtype) for i in range(self.config.num_layers)
+        )
+        self.final_norm = decoder.final_norm
+        self.head = nnx.data(_rounded(decoder.head, dtype))
+
+    def _run_layers(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
+        kv: dict[int, KV] = {}
+        for index, owner in enumerate(self.config.sharing.owners):
+            x, kv[index] = self.layer(index)(x, kv.get(owner), context)
+        return x
+
+    def layer(self, index: int) -> DecoderLayer:
+        """One layer by its index."""
+        return cast(DecoderLayer, self.layers[index])
+
+    def unstacked(self) -> "UnstackedDecoder":
+        """Itself."""
+        return self
+
+
+def _rounded[M](module: M, dtype: jnp.dtype) -> M:
+    """A module with its arrays in a dtype, but for those of its norms."""
+    return jax.tree.map(
+        lambda m: m if isinstance(m, Norm) else m.astype(dtype),
+        module,
+        is_leaf=lambda m: isinstance(m, Norm),
+    )

@@ -1,12 +1,22 @@
 """The decoder layer: the same for owners and readers, Llama and GPT-NeoX."""
 
+import functools
+
 from flax import nnx
 from jaxtyping import Array, Float
 
 from cla_jax.configs import ExecutionConfig, ModelConfig
-from cla_jax.models.attention import KV, KVProjection, LayerContext, QueryAttention
+from cla_jax.models.attention import (
+    KV,
+    Attend,
+    KVProjection,
+    LayerContext,
+    QueryAttention,
+    attend,
+)
 from cla_jax.models.feedforward import FeedForward
 from cla_jax.models.normalization import Norm
+from cla_jax.models.rotary import Rotary
 from cla_jax.models.sharding import constrain
 
 
@@ -34,7 +44,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], kv: KV | None, context: LayerContext
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """Run the layer; `kv` is None for an owner.
+        """Run the layer over whole sequences; `kv` is None for an owner.
 
         Raises:
             ValueError: an owner was given K/V, or a reader none.
@@ -45,15 +55,32 @@ class DecoderLayer(nnx.Module):
                 f"a layer that {role} K/V was {given}: its parameters were made for another "
                 "sharing map"
             )
-        h = self.attention_norm(x)
-        if self.kv_projection is not None:
-            own = h if self.kv_norm is None else self.kv_norm(x)
-            kv = self.kv_projection(own, context.rotary)
-        assert kv is not None
-        attended = self.attention(h, kv, context)
+        if kv is None:
+            kv = self.keys_values(x, context.rotary)
+        read = functools.partial(attend, kv=kv, documents=context.documents)
+        return self.read(x, read, context.rotary), kv
+
+    def keys_values(self, x: Float[Array, "B T D"], angles: Rotary) -> KV:
+        """An owner's K/V of the layer's input: normalised, projected, the keys rotated."""
+        assert self.kv_projection is not None, "a reader projects no K/V"
+        norm = self.attention_norm if self.kv_norm is None else self.kv_norm
+        return self.kv_projection(norm(x), angles)
+
+    def read(
+        self, x: Float[Array, "B T D"], attend: Attend, angles: Rotary
+    ) -> Float[Array, "B T D"]:
+        """The rest of the layer, which owners and readers have alike.
+
+        Args:
+            x: the layer's input.
+            attend: from rotated queries `[B, T, N, H]` to what they find in the layer's K/V,
+                wherever those lie: in a forward pass's arrays or in a cache.
+            angles: of the queries' positions.
+        """
+        attended = self.attention(self.attention_norm(x), attend, angles)
         if self.parallel_residual:
             x = x + attended + self.ffn(self.ffn_norm(x))
         else:
             x = x + attended
             x = x + self.ffn(self.ffn_norm(x))
-        return constrain(x, "batch", "length", "model"), kv
+        return constrain(x, "batch", "length", "model")
