@@ -61,7 +61,7 @@ def main(options: Quickstart) -> None:
     )
     # TFDS and Grain take seconds to import: not before the options are known to be good.
     from cla_jax.data import ByteTokenizer, corpus_at, prepare_corpus, prepare_streams
-    from cla_jax.inference import check_prompt, greedy
+    from cla_jax.inference import GenerateConfig, check_prompts, generate
     from cla_jax.reporting import figures, load_run, tables
     from cla_jax.training import train
 
@@ -82,7 +82,7 @@ def main(options: Quickstart) -> None:
         prompt = "class Reader:\n    def __init__(self, "
     elif prompt is None:
         prompt = tokenizer.decode(streams.validation.tokens[:PROMPT_BYTES])
-    ids = check_prompt(model(SHARED), tokenizer.encode(prompt), options.new_tokens)
+    ids = check_prompts(model(SHARED), [tokenizer.encode(prompt)], options.new_tokens)
     directory = options.out / f"{info.fingerprint[:12]}-{options.steps}-steps-seed-{options.seed}"
     trained = {
         name: train(model(name), training, streams, directory / name.replace("/", "-"), resume=True)
@@ -107,10 +107,16 @@ def main(options: Quickstart) -> None:
             console.print(f"wrote {path}")
 
     shared = trained[SHARED]
-    added = greedy(shared.model(shared.params), ids, options.new_tokens, tokenizer.end_of_text)
     console.print(f"\n{SHARED} continues, greedily, after {training.steps} steps:")
     console.print(prompt, style="dim", end="")
-    console.print(tokenizer.decode(added))
+    generate(
+        shared.model(shared.params),
+        ids,
+        GenerateConfig(options.new_tokens, stop_tokens=(tokenizer.end_of_text,)),
+        decode=tokenizer.decode,
+        on_text=lambda _, text: console.print(text, end=""),
+    )
+    console.print(f"\n\nMore of it: cla-jax generate {shared.directory} --prompt 'import '")
     console.print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 

@@ -1,5 +1,17 @@
-"""Generation."""
+"""Serving: one cache, forward passes over it, generation, and what fits into memory."""
 
-from cla_jax.inference.generate import check_prompt, greedy
+from cla_jax.inference.cache import KVCache
+from cla_jax.inference.forward import extend, prefill
+from cla_jax.inference.generation import Continuation, GenerateConfig, check_prompts, generate
+from cla_jax.inference.sampling import Sampling
 
-__all__ = ["check_prompt", "greedy"]
+__all__ = [
+    "Continuation",
+    "GenerateConfig",
+    "KVCache",
+    "Sampling",
+    "check_prompts",
+    "extend",
+    "generate",
+    "prefill",
+]

@@ -1,75 +1,374 @@
-"""Greedy continuation of a prompt, by whole forward passes."""
+"""Continue prompts: ragged batches, prefilled in groups, decoded in blocks on the device."""
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int, Key
 
 from cla_jax.configs import ModelConfig
-from cla_jax.models import Decoder
+from cla_jax.inference.cache import KVCache, check_dtype
+from cla_jax.inference.forward import extend, prefill
+from cla_jax.inference.planning import check_fits
+from cla_jax.inference.sampling import Sampling, SamplingArrays, row_keys, sample, step_keys
+from cla_jax.inference.stopping import Decode, RowText, check_stop_strings
+from cla_jax.models import Decoder, UnstackedDecoder
+
+_NO_TOKEN = -1
+_SHORTEST_BUCKET = 16
+
+type Finished = Literal["stop_token", "stop_string", "length"]
 
 
-def greedy(
-    decoder: Decoder, prompt: Sequence[int] | np.ndarray, new_tokens: int, end_of_text: int
-) -> list[int]:
-    """The likeliest next token, again and again.
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How prompts are continued.
+
+    Attributes:
+        max_new_tokens: that each row gets at most.
+        sampling: how a token is chosen.
+        stop_tokens: ids that end their row; they are not returned.
+        stop_strings: texts that end their row; the text ends before them.
+        cache_dtype: of the K/V cache: `bfloat16`, `float16`, `float32`.
+        prefill_tokens: tokens, padding included, that one prefill call takes: a larger one
+            prefills faster and needs more memory.
+        block: decoding steps on the device between two looks by the host, which streams what there
+            is and finds stop strings.
+
+    Raises:
+        ValueError: a count out of range, a stop string that is empty.
+    """
+
+    max_new_tokens: int = 128
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    cache_dtype: str = "bfloat16"
+    prefill_tokens: int = 8192
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        check_stop_strings(self.stop_strings)
+        check_dtype(self.cache_dtype)
+        for field, least in (("max_new_tokens", 0), ("prefill_tokens", 1), ("block", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What a prompt was continued with.
+
+    Attributes:
+        tokens: the new ids, without the token or the tokens of the text that ended them.
+        finished: what ended them; `length` is `max_new_tokens`.
+        text: of the new tokens; None without a `decode`.
+    """
+
+    tokens: tuple[int, ...]
+    finished: Finished
+    text: str | None
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    config: GenerateConfig = GenerateConfig(),
+    *,
+    decode: Decode | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    first_row: int = 0,
+) -> list[Continuation]:
+    """Continue a batch of prompts of any lengths.
+
+    Each row has its own random stream, from `sampling.seed` and its number: its sample does not
+    depend on its neighbours. Lengths are rounded up to a few sizes, so that prompts of other
+    lengths compile nothing anew.
 
     Args:
-        decoder: with its parameters.
-        prompt: token ids, at least one.
-        new_tokens: how many to add at most.
-        end_of_text: the id after which generation stops; it is not returned.
+        decoder: with its parameters; `Decoder.unstacked()`, made once, saves doing it here.
+        prompts: token ids, at least one each.
+        config: how.
+        decode: tokens to text, as a tokenizer's; needed for texts and stop strings.
+        on_tokens: called with a row's number and its new tokens as they come, in blocks, perhaps
+            with tokens of a stop string at the end.
+        on_text: called with a row's number and its new text as it comes, which holds nothing that
+            turns out to belong to a stop string.
+        first_row: number of the first prompt, where a long list is continued batch by batch.
+
+    Raises:
+        ValueError: no prompts, or one that `check_prompts` refuses; stop strings or `on_text`
+            without `decode`; a batch that does not fit into the device's memory (names the batch
+            and the context that do).
+    """
+    ids = check_prompts(decoder.config, prompts, config.max_new_tokens)
+    if decode is None and (config.stop_strings or on_text):
+        what = "stop strings" if config.stop_strings else "on_text"
+        raise ValueError(f"{what} need texts: give decode, as in decode=tokenizer.decode")
+    rows = [_Row(prompt, config, decode) for prompt in ids]
+    if config.max_new_tokens:
+        length = _cache_length(decoder.config, ids, config)
+        with _memory_advice(decoder.config, len(ids), length):
+            for number, new in _decoded(decoder, ids, config, rows, first_row):
+                text = rows[number].add(new)
+                if on_tokens and new:
+                    on_tokens(number, new)
+                if on_text and text:
+                    on_text(number, text)
+    return [row.continuation() for row in rows]
+
+
+def check_prompts(
+    config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int
+) -> list[np.ndarray]:
+    """The prompts as int32 ids, if `generate` will take them: for callers with long work before.
+
+    Raises:
+        ValueError: there is none; one is empty, has an id outside the vocabulary, or is, with
+            `max_new_tokens`, longer than the model's sequence length.
+    """
+    if not len(prompts):
+        raise ValueError("no prompts: give at least one")
+    checked = [np.asarray(prompt, np.int32) for prompt in prompts]
+    for number, ids in enumerate(checked, start=1):
+        which = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+        if not ids.size:
+            raise ValueError(f"{which} is empty: give at least one token")
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise ValueError(
+                f"{which} has token ids from {ids.min()} to {ids.max()}; {config.name} takes 0 to "
+                f"{config.vocab_size - 1}"
+            )
+        if ids.size + max_new_tokens > config.sequence_length:
+            raise ValueError(
+                f"{which}: {ids.size} tokens and {max_new_tokens} new ones exceed "
+                f"{config.name}'s sequence length of {config.sequence_length}; at most "
+                f"{max(config.sequence_length - ids.size, 0)} can be added to this prompt"
+            )
+    return checked
+
+
+class _Row:
+    """What the host keeps of a row."""
+
+    def __init__(self, prompt: np.ndarray, config: GenerateConfig, decode: Decode | None) -> None:
+        self._config = config
+        self._tokens: list[int] = []
+        self._text = RowText(decode, config.stop_strings, prompt.tolist()) if decode else None
+        self.finished: Finished | None = None
+
+    def add(self, new: list[int]) -> str:
+        """Take new tokens, and give the text that is certain."""
+        stops = [i for i, token in enumerate(new) if token in self._config.stop_tokens]
+        if stops:
+            del new[stops[0] :]
+            self.finished = "stop_token"
+        self._tokens += new
+        if self._text is None:
+            return ""
+        if self._text.add(new):
+            self.finished = "stop_string"
+        elif self.finished or len(self._tokens) == self._config.max_new_tokens:
+            self._text.finish()
+        return self._text.take()
+
+    def continuation(self) -> Continuation:
+        if self._text is None:
+            return Continuation(tuple(self._tokens), self.finished or "length", None)
+        self._text.finish()
+        tokens = tuple(self._text.tokens)
+        return Continuation(tokens, self.finished or "length", self._text.text)
+
+
+def _decoded(
+    decoder: Decoder,
+    prompts: list[np.ndarray],
+    config: GenerateConfig,
+    rows: list[_Row],
+    first_row: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """New tokens of the rows, block by block, until every row is finished."""
+    decoder = decoder.unstacked()
+    length = _cache_length(decoder.config, prompts, config)
+    check_fits(
+        decoder.config,
+        len(prompts),
+        length,
+        cache_dtype=config.cache_dtype,
+        prefill_tokens=config.prefill_tokens,
+        memory_bytes=_free_memory(decoder),
+        compute_dtype=decoder.execution.compute_dtype,
+    )
+    # Rows of like lengths are prefilled together. `order[i]` is the prompt in row i of the cache.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    create = functools.partial(
+        KVCache.create, decoder.config, len(order), length, config.cache_dtype
+    )
+    cache = jax.jit(create)()
+    keys = row_keys(config.sampling.seed, [first_row + i for i in order])
+    sampling = config.sampling.arrays()
+    stops = jnp.asarray(config.stop_tokens or (_NO_TOKEN,), jnp.int32)
+
+    logits, cache = _prefilled(decoder, [prompts[i] for i in order], cache, config.prefill_tokens)
+    token, done = _first_tokens(logits, cache.lengths, keys, sampling, stops)
+    del logits
+    block = np.asarray(token)[:, None]
+    left = config.max_new_tokens - 1
+    while True:
+        for row, number in enumerate(order):
+            new = block[row]
+            if rows[number].finished is None:
+                yield number, new[new != _NO_TOKEN].tolist()
+        over = np.array([rows[i].finished is not None for i in order])
+        if left == 0 or over.all():
+            return
+        steps = min(config.block, left)
+        block, token, done, cache = decode_block(
+            decoder, cache, token, done | over, keys, sampling, stops, jnp.int32(steps),
+            size=config.block,
+        )  # fmt: skip
+        block = np.asarray(block)
+        left -= steps
+
+
+def _prefilled(
+    decoder: UnstackedDecoder, prompts: list[np.ndarray], cache: KVCache, budget: int
+) -> tuple[jax.Array, KVCache]:
+    """Logits `[B, V]` of each prompt's last token, and the cache that holds the prompts."""
+    parts: list[jax.Array] = []
+    at = 0
+    while at < len(prompts):
+        width = min(bucket(len(prompts[at])), cache.length)  # the longest of those that are left
+        group = prompts[at : at + max(budget // width, 1)]
+        logits, cache = _prefill_group(decoder, group, cache, at, min(width, budget))
+        parts.append(logits)
+        at += len(group)
+    return jnp.concatenate(parts), cache
+
+
+def _prefill_group(
+    decoder: UnstackedDecoder, prompts: list[np.ndarray], cache: KVCache, first: int, chunk: int
+) -> tuple[jax.Array, KVCache]:
+    lengths = np.array([len(prompt) for prompt in prompts])
+    logits = None
+    for start in range(0, int(lengths.max()), chunk):
+        widths = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        tokens = np.zeros((len(prompts), chunk), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : widths[row]] = prompt[start : start + chunk]
+        call = _prefill if start == 0 else _extend
+        new, cache = call(decoder, tokens, cache, widths, first_row=np.int32(first))
+        logits = new if logits is None else jnp.where((widths > 0)[:, None], new, logits)
+    assert logits is not None
+    return logits, cache
+
+
+# What is compiled, once for each (batch, cache length, bucket).
+_prefill = jax.jit(prefill, donate_argnums=2)
+_extend = jax.jit(extend, donate_argnums=2)
+
+
+@jax.jit
+def _first_tokens(
+    logits: jax.Array,
+    lengths: Int[Array, "B"],
+    keys: Key[Array, "B"],
+    sampling: SamplingArrays,
+    stops: Int[Array, "n"],
+) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
+    token = sample(logits, step_keys(keys, lengths), sampling)
+    return token, jnp.isin(token, stops)
+
+
+@functools.partial(jax.jit, donate_argnums=1, static_argnames="size")
+def decode_block(
+    decoder: UnstackedDecoder,
+    cache: KVCache,
+    token: Int[Array, "B"],
+    done: Bool[Array, "B"],
+    keys: Key[Array, "B"],
+    sampling: SamplingArrays,
+    stops: Int[Array, "n"],
+    steps: Int[Array, ""],
+    *,
+    size: int,
+) -> tuple[Int[Array, "B size"], Int[Array, "B"], Bool[Array, "B"], KVCache]:
+    """Up to `steps` decoding steps on the device, fewer when every row is done.
+
+    Args:
+        decoder: to decode with.
+        cache: of the rows so far; donated.
+        token: each row's newest token, not yet in the cache.
+        done: rows that are finished: they get no more tokens.
+        keys: of the rows.
+        sampling: how a token is chosen.
+        stops: ids that end their row.
+        steps: how many, at most `size`.
+        size: of the result, so that fewer steps compile nothing anew.
 
     Returns:
-        The added tokens.
-
-    Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, a negative `new_tokens`, or more
-            tokens in all than the model's sequence length.
+        The new tokens, -1 behind each row's end; the last of them; the rows that are done; the
+        cache.
     """
-    ids = check_prompt(decoder.config, prompt, new_tokens)
-    buffer = np.zeros((1, ids.size + new_tokens), np.int32)
-    buffer[0, : ids.size] = ids
-    filled = np.asarray(_fill(decoder, jnp.asarray(buffer), jnp.int32(ids.size)))[0, ids.size :]
-    stops = np.flatnonzero(filled == end_of_text)
-    return filled[: stops[0] if stops.size else None].tolist()
+
+    def going(state: tuple[Any, ...]) -> jax.Array:
+        step, _, done, _, _ = state
+        return (step < steps) & ~done.all()
+
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, done, out, cache = state
+        logits, cache = extend(decoder, token[:, None], cache, (~done).astype(jnp.int32))
+        token = sample(logits, step_keys(keys, cache.lengths), sampling)
+        out = out.at[:, step].set(jnp.where(done, _NO_TOKEN, token))
+        return step + 1, token, done | jnp.isin(token, stops), out, cache
+
+    out = jnp.full((token.shape[0], size), _NO_TOKEN, jnp.int32)
+    _, token, done, out, cache = jax.lax.while_loop(
+        going, body, (jnp.int32(0), token, done, out, cache)
+    )
+    return out, token, done, cache
 
 
-def check_prompt(
-    config: ModelConfig, prompt: Sequence[int] | np.ndarray, new_tokens: int
-) -> np.ndarray:
-    """The prompt as int32 ids `[T]`, if `greedy` will take it: for callers with long work before.
+def bucket(length: int) -> int:
+    """The size that a length is rounded up to: four sizes to an octave, so at most 25 % more."""
+    if length <= _SHORTEST_BUCKET:
+        return _SHORTEST_BUCKET
+    step = 1 << max((length - 1).bit_length() - 3, 0)
+    return -(-length // step) * step
 
-    Raises:
-        ValueError: as `greedy`.
-    """
-    ids = np.asarray(prompt, np.int32)
-    if not ids.size:
-        raise ValueError("the prompt is empty: give at least one token")
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
+
+def _cache_length(config: ModelConfig, prompts: list[np.ndarray], options: GenerateConfig) -> int:
+    needed = max(prompt.size for prompt in prompts) + options.max_new_tokens
+    return min(bucket(needed), config.sequence_length)
+
+
+def _free_memory(decoder: UnstackedDecoder) -> int | None:
+    """Bytes for these weights, a cache and workspace; None where the device does not say."""
+    device = next(iter(jax.tree.leaves(decoder)[0].devices()))
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    weights = sum(array.nbytes for array in jax.tree.leaves(decoder))
+    return stats["bytes_limit"] - stats["bytes_in_use"] + weights
+
+
+@contextlib.contextmanager
+def _memory_advice(config: ModelConfig, batch: int, length: int) -> Iterator[None]:
+    """Says what helps where the device's memory did not suffice after all."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         raise ValueError(
-            f"the prompt has token ids from {ids.min()} to {ids.max()}; {config.name} takes 0 to "
-            f"{config.vocab_size - 1}"
-        )
-    if new_tokens < 0:
-        raise ValueError(f"new_tokens={new_tokens} must be at least 0")
-    if ids.size + new_tokens > config.sequence_length:
-        raise ValueError(
-            f"{ids.size} prompt tokens and {new_tokens} new ones exceed {config.name}'s sequence "
-            f"length of {config.sequence_length}; at most "
-            f"{max(config.sequence_length - ids.size, 0)} can be added to this prompt"
-        )
-    return ids
-
-
-@functools.partial(jax.jit, donate_argnums=1)
-def _fill(decoder: Decoder, tokens: Int[Array, "1 T"], length: Int[Array, ""]) -> Int[Array, "1 T"]:
-    def add(position: jax.Array, tokens: jax.Array) -> jax.Array:
-        last = jax.lax.dynamic_slice_in_dim(decoder.hidden(tokens), position - 1, 1, axis=1)
-        token = decoder.unembed(last).argmax(-1).astype(jnp.int32)
-        return jax.lax.dynamic_update_slice_in_dim(tokens, token, position, axis=1)
-
-    return jax.lax.fori_loop(length, tokens.shape[1], add, tokens)
+            f"{config.name}: the device's memory did not suffice for batch {batch} at context "
+            f"{length}. What helps: a smaller batch, a shorter context, cache dtype bfloat16, "
+            "fewer prefill_tokens, or a model that shares K/V over more layers (`cla-jax plan` "
+            f"says what fits). {str(error).splitlines()[0][:200]}"
+        ) from None

@@ -1,0 +1,195 @@
+"""`KVCache`: the keys and values of the layers that own them, and of no others."""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from cla_jax.configs import ModelConfig
+from cla_jax.models import KV
+
+CACHE_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def check_dtype(dtype: str) -> None:
+    """Whether a cache can be of that dtype.
+
+    Raises:
+        ValueError: it cannot; names the nearest that can.
+    """
+    if dtype not in CACHE_DTYPES:
+        near = difflib.get_close_matches(dtype, CACHE_DTYPES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"cache_dtype={dtype!r}: expected one of {', '.join(CACHE_DTYPES)}; the nearest is "
+            f"{near!r}"
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """What a batch of sequences has left for its next tokens: K/V of every owner, and lengths.
+
+    A reader owns no bytes. An explicit pytree: it is passed in and out, and donated
+    (`donate_argnums`), so that it is updated in place.
+
+    The layers' entries lie in *stacks* of shape `[G', B, S, K, H]`. By default every KV layer is a
+    stack of its own (`G'` = 1), so that a step can read an entry without slicing it out first;
+    `stacked=True` makes one stack of all (`G'` = `G`), which a `scan` over layers can index with a
+    traced slot.
+
+    Attributes:
+        k: stacks of rotated keys, `[G', B, S, K, H]` each.
+        v: stacks of values, alike.
+        lengths: int32 `[B]`, how many tokens of each row are cached.
+    """
+
+    # Arrays; JAX also rebuilds the cache with shapes and other things as leaves.
+    k: tuple[Any, ...]
+    v: tuple[Any, ...]
+    lengths: Any
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        length: int,
+        dtype: str = "bfloat16",
+        *,
+        stacked: bool = False,
+    ) -> "KVCache":
+        """An empty cache of `batch` rows of up to `length` tokens.
+
+        Its K/V take `batch * length * config.sharing.kv_bytes_per_token(K, H, itemsize)` bytes.
+
+        Raises:
+            ValueError: a size that is not positive, an unknown dtype.
+        """
+        for name, value in (("batch", batch), ("length", length)):
+            if value < 1:
+                raise ValueError(f"a KV cache of {name} {value}: expected at least 1")
+        check_dtype(dtype)
+        in_stack = config.kv_layers if stacked else 1
+        shape = (in_stack, batch, length, config.kv_heads, config.head_dim)
+        # Distinct arrays throughout: a donated buffer can be given away only once.
+        k, v = (
+            tuple(jnp.zeros(shape, dtype) for _ in range(config.kv_layers // in_stack))
+            for _ in range(2)
+        )
+        return cls(k, v, jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def batch(self) -> int:
+        """Rows, `B`."""
+        return self.lengths.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens that a row has room for, `S`."""
+        return self.k[0].shape[2]
+
+    @property
+    def dtype(self) -> Any:
+        """Of keys and values."""
+        return self.k[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in (*self.k, *self.v))
+
+    def check(self, config: ModelConfig) -> None:
+        """Whether this is a cache of that model.
+
+        Raises:
+            ValueError: it is not; names what differs.
+        """
+        layers = sum(stack.shape[0] for stack in self.k)
+        *_, kv_heads, head_dim = self.k[0].shape
+        found = {"KV layers": layers, "KV heads": kv_heads, "head dim": head_dim}
+        wanted = {
+            "KV layers": config.kv_layers,
+            "KV heads": config.kv_heads,
+            "head dim": config.head_dim,
+        }
+        if found != wanted:
+            differs = ", ".join(
+                f"{n} {there} there, {wanted[n]} here" for n, there in found.items()
+                if there != wanted[n]
+            )  # fmt: skip
+            raise ValueError(f"this is the cache of another model than {config.name}: {differs}")
+
+    def stack(self, slot: int | Int[Array, ""]) -> tuple[int, int | Int[Array, ""]]:
+        """Where a KV layer lies: which stack, and where in it.
+
+        Args:
+            slot: `KVSharing.cache_slots` of the layer; traced only if all lie in one stack.
+        """
+        return (0, slot) if len(self.k) == 1 else (int(slot), 0)
+
+    def write(
+        self, slot: int | Int[Array, ""], kv: KV, first_row: int | Int[Array, ""] = 0
+    ) -> "KVCache":
+        """Put K/V `[b, T, K, H]` of `b` rows behind what those rows have; lengths stay.
+
+        Tokens for which a row has no room are dropped.
+
+        Args:
+            slot: of the owner.
+            kv: of consecutive rows, rounded to the cache's dtype here.
+            first_row: the first of those rows.
+        """
+        at, layer = self.stack(slot)
+        rows = first_row + jnp.arange(kv.k.shape[0], dtype=jnp.int32)
+        positions = self.lengths[rows][:, None] + jnp.arange(kv.k.shape[1], dtype=jnp.int32)[None]
+
+        def put(stacks: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
+            # A scatter by rows: rows are of different lengths, and it copies nothing.
+            written = stacks[at].at[layer, rows[:, None], positions].set(
+                new.astype(stacks[at].dtype), mode="drop", unique_indices=True
+            )  # fmt: skip
+            return (*stacks[:at], written, *stacks[at + 1 :])
+
+        return KVCache(put(self.k, kv.k), put(self.v, kv.v), self.lengths)
+
+    def begin(
+        self, slot: int | Int[Array, ""], kv: KV, first_row: int | Int[Array, ""] = 0
+    ) -> "KVCache":
+        """Put K/V `[b, T, K, H]` at the beginning of `b` rows; lengths stay.
+
+        Args:
+            slot: of the owner.
+            kv: of consecutive rows, rounded to the cache's dtype here; `T` is at most `S`.
+            first_row: the first of those rows.
+        """
+        at, layer = self.stack(slot)
+
+        def put(stacks: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
+            written = jax.lax.dynamic_update_slice(
+                stacks[at], new.astype(stacks[at].dtype)[None], (layer, first_row, 0, 0, 0)
+            )
+            return (*stacks[:at], written, *stacks[at + 1 :])
+
+        return KVCache(put(self.k, kv.k), put(self.v, kv.v), self.lengths)
+
+    def rows(self, slot: int, first_row: int | Int[Array, ""], count: int) -> KV:
+        """K/V `[count, S, K, H]` of some rows of one KV layer: a copy."""
+        at, layer = self.stack(slot)
+
+        def take(stack: Any) -> Any:
+            size = (1, count, *stack.shape[2:])
+            return jax.lax.dynamic_slice(stack, (layer, first_row, 0, 0, 0), size)[0]
+
+        return KV(take(self.k[at]), take(self.v[at]))
+
+    def grown(self, widths: Int[Array, "b"], first_row: int | Int[Array, ""] = 0) -> "KVCache":
+        """With the lengths of some rows grown, up to what there is room for."""
+        rows = first_row + jnp.arange(widths.shape[0], dtype=jnp.int32)
+        lengths = jnp.minimum(self.lengths[rows] + widths, np.int32(self.length))
+        return dataclasses.replace(self, lengths=self.lengths.at[rows].set(lengths))

@@ -1,0 +1,155 @@
+"""Forward passes that leave their K/V in a cache: whole prompts, chunks of them, single tokens.
+
+One loop over the layers serves them all. Pure functions: `jax.jit` them and donate the cache. Given
+the same tokens, every way of cutting them into calls gives the logits of the decoder's own forward
+pass, to rounding.
+
+Fast prefill. Let `m` be the last owner. Once the K/V of `m` is projected for every position,
+nothing is cached any more, so from `m`'s query onward only the last position of each row is run,
+unless the logits of all positions are asked for. CLA2 on 20 layers skips nearly two layers, the
+shared upper half nearly half of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from cla_kernels import decode_attention
+from jaxtyping import Array, Float, Int
+
+from cla_jax.inference.cache import KVCache
+from cla_jax.models import KV, Decoder, attend, attend_behind
+from cla_jax.models.rotary import Rotary, rotary
+
+type Row = int | Int[Array, ""]
+
+# Queries a row up to which attention reads the cache as it lies; more are a chunk of a prompt,
+# which is bound by arithmetic and goes through the fused kernel of whole sequences.
+DECODE_QUERIES = 8
+
+
+def prefill(
+    decoder: Decoder,
+    tokens: Int[Array, "b T"],
+    cache: KVCache,
+    widths: Int[Array, "b"] | None = None,
+    *,
+    first_row: Row = 0,
+    all_logits: bool = False,
+) -> tuple[Float[Array, "b V"] | Float[Array, "b T V"], KVCache]:
+    """Begin rows of a cache: whatever they held is forgotten.
+
+    Args:
+        decoder: with its parameters; `Decoder.unstacked()` is faster.
+        tokens: the beginnings of `b` rows, padded on the right with any ids.
+        cache: with room for `T` tokens; donate it.
+        widths: how many of the `T` tokens are the row's, at least 1; default all.
+        first_row: the first of the `b` consecutive rows of the cache.
+        all_logits: of every position, `[b, T, V]`, rather than each row's last.
+
+    Returns:
+        Logits, float32, and the cache with these rows begun.
+
+    Raises:
+        ValueError: a cache of another model, more rows or tokens than it has room for.
+    """
+    widths = _check(decoder, tokens, cache, widths)
+    rows = first_row + jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    begun = dataclasses.replace(cache, lengths=cache.lengths.at[rows].set(0))
+    return _forward(decoder, tokens, begun, widths, first_row, all_logits, begins=True)
+
+
+def extend(
+    decoder: Decoder,
+    tokens: Int[Array, "b T"],
+    cache: KVCache,
+    widths: Int[Array, "b"] | None = None,
+    *,
+    first_row: Row = 0,
+    all_logits: bool = False,
+) -> tuple[Float[Array, "b V"] | Float[Array, "b T V"], KVCache]:
+    """Go on with rows of a cache: the next chunk of a prompt, or (`T` = 1) a step of decoding.
+
+    Arguments, results and errors are those of `prefill`; but a row's width may be 0, which leaves
+    the row as it is, and its logits then mean nothing. Tokens for which a row has no room are
+    dropped: their logits mean nothing either.
+    """
+    widths = _check(decoder, tokens, cache, widths)
+    return _forward(decoder, tokens, cache, widths, first_row, all_logits, begins=False)
+
+
+def _check(
+    decoder: Decoder, tokens: jax.Array, cache: KVCache, widths: jax.Array | None
+) -> jax.Array:
+    cache.check(decoder.config)
+    rows, length = tokens.shape
+    if not 0 < rows <= cache.batch:
+        raise ValueError(f"{rows} rows of tokens: the cache has {cache.batch}, expected 1 or more")
+    if not 0 < length <= cache.length:
+        raise ValueError(
+            f"{length} tokens a row: the cache has room for {cache.length}, expected 1 or more"
+        )
+    return jnp.full((rows,), length, jnp.int32) if widths is None else widths
+
+
+def _forward(
+    decoder: Decoder,
+    tokens: Int[Array, "b T"],
+    cache: KVCache,
+    widths: Int[Array, "b"],
+    first_row: Row,
+    all_logits: bool,
+    *,
+    begins: bool,
+) -> tuple[Float[Array, "b V"] | Float[Array, "b T V"], KVCache]:
+    config, sharing = decoder.config, decoder.config.sharing
+    rows, length = tokens.shape
+    starts = jax.lax.dynamic_slice_in_dim(cache.lengths, first_row, rows)
+    steps = jnp.arange(length, dtype=jnp.int32)
+    angles = rotary(starts[:, None] + steps[None, :], config.rotary, config.rope_theta)
+    seen = starts + jnp.int32(length)  # keys that the last query of each row sees
+    x = decoder.embed(tokens)
+    fresh: dict[int, KV] = {}
+
+    for index, slot in enumerate(sharing.cache_slots):
+        layer = decoder.layer(index)
+        if sharing.owns(index):
+            kv = layer.keys_values(x, angles)
+            # What is read now is what will be read from the cache later.
+            kv = KV(kv.k.astype(cache.dtype), kv.v.astype(cache.dtype))
+            write = cache.begin if begins else cache.write
+            cache = write(slot, kv, first_row)
+            fresh[slot] = kv
+        if index == sharing.owner_layers[-1] and not all_logits and length > 1:
+            last = jnp.maximum(widths - 1, 0)[:, None]
+            x = jnp.take_along_axis(x, last[:, :, None], axis=1)
+            angles = Rotary(*(jnp.take_along_axis(a, last[:, :, None], axis=1) for a in angles))
+            seen = starts + widths
+        if begins:
+            k, v, at = fresh[slot].k[None], fresh[slot].v[None], 0
+        elif rows == cache.batch:
+            stack, at = cache.stack(slot)
+            k, v = cache.k[stack], cache.v[stack]
+        else:
+            taken = cache.rows(slot, first_row, rows)
+            k, v, at = taken.k[None], taken.v[None], 0
+
+        def read(
+            q: Float[Array, "b T N H"],
+            k: jax.Array = k,
+            v: jax.Array = v,
+            at: Row = at,
+            seen: jax.Array = seen,
+        ) -> Float[Array, "b T N H"]:
+            if q.shape[1] <= DECODE_QUERIES:
+                return decode_attention(q, k, v, seen, layer=at)
+            kv = KV(k[at].astype(q.dtype), v[at].astype(q.dtype))
+            return attend(q, kv) if begins else attend_behind(q, kv, starts)
+
+        with jax.named_scope(f"layer_{index}"):
+            x = layer.read(x, read, angles)
+
+    logits = decoder.unembed(decoder.final_norm(x))
+    if not all_logits:
+        logits = logits[:, 0]
+    return logits, cache.grown(widths, first_row)
