@@ -18,6 +18,7 @@ from cla_jax.registry import model, model_names
 from cla_jax.sharing import KVSharing
 
 if TYPE_CHECKING:
+    from cla_jax.loading import TextModel, load
     from cla_jax.models import Decoder, KVProjection, QueryAttention, scan_layers, stack_layers
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "KVSharing",
     "ModelConfig",
     "QueryAttention",
+    "TextModel",
+    "load",
     "model",
     "model_names",
     "scan_layers",
@@ -37,5 +40,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Arrays only when asked for: the sharing maps and the papers' figures need no JAX.
     if name in __all__:
-        return getattr(importlib.import_module("cla_jax.models"), name)
+        module = "loading" if name in ("TextModel", "load") else "models"
+        return getattr(importlib.import_module(f"cla_jax.{module}"), name)
     raise AttributeError(f"module 'cla_jax' has no attribute {name!r}")

@@ -47,8 +47,48 @@ def open_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         ValueError: not such a directory, a tokenizer that is missing or no longer the same.
     """
-    directory = Path(directory)
-    record = _read(directory)["tokenizer"]
+    return read_tokenizer(Path(directory), _read(Path(directory))["tokenizer"])
+
+
+def tokenizer_of(streams: Streams) -> Tokenizer | None:
+    """The tokenizer that streams were made with: bytes, or kept beside them; None if it is not.
+
+    Raises:
+        ValueError: as `open_tokenizer`, where the streams lie in a prepared directory.
+    """
+    fingerprint = streams.train.tokenizer_fingerprint
+    if fingerprint == ByteTokenizer.fingerprint:
+        return ByteTokenizer()
+    directory = streams.train.directory.parent
+    if not (directory / _FILE).exists():
+        return None
+    tokenizer = open_tokenizer(directory)
+    return tokenizer if tokenizer.fingerprint == fingerprint else None
+
+
+def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `read_tokenizer` knows a tokenizer by, as JSON values."""
+    return {
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "end_token": getattr(tokenizer, "end_token", None),
+    }
+
+
+def keep_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    """Leaves a tokenizer in a directory, for `read_tokenizer`; bytes need no file."""
+    if isinstance(tokenizer, JsonTokenizer) and not (directory / _TOKENIZER_FILE).exists():
+        write_bytes(directory / _TOKENIZER_FILE, tokenizer.data)
+
+
+def read_tokenizer(directory: Path, record: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that was left in a directory.
+
+    Raises:
+        ValueError: it is missing, or no longer the one that `record` tells of.
+    """
     if record["fingerprint"] == ByteTokenizer.fingerprint:
         return ByteTokenizer()
     path = directory / _TOKENIZER_FILE
@@ -95,17 +135,10 @@ def _foreign(directory: Path) -> list[str]:
 
 def bind_prepared(directory: Path, tokenizer: Tokenizer) -> None:
     """Binds a directory to a tokenizer, before any token is written."""
-    record = {
-        "name": tokenizer.name,
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "end_of_text": tokenizer.end_of_text,
-        "end_token": getattr(tokenizer, "end_token", None),
-    }
     if not (directory / _FILE).exists():
+        record = tokenizer_record(tokenizer)
         write_json(directory / _FILE, {"format": _FORMAT, "tokenizer": record})
-    if isinstance(tokenizer, JsonTokenizer) and not (directory / _TOKENIZER_FILE).exists():
-        write_bytes(directory / _TOKENIZER_FILE, tokenizer.data)
+    keep_tokenizer(directory, tokenizer)
 
 
 def complete_prepared(directory: Path, info: Any, streams: Streams) -> None:

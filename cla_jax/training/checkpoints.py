@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from cla_jax.training.step import TrainState
+from cla_jax.training.step import Params, TrainState
 
 FORCE_HINT = " (--force goes on with another recipe or other data, not with another model)"
 
@@ -122,13 +122,7 @@ class Checkpoints:
         return Restored(items["state"], items["data"])
 
     def _items(self, step: int, where: str, **args: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as error:  # TensorStore raises whatever it likes
-            raise ValueError(
-                f"{where} is damaged: {_first_line(error)} ... Move it away, and the one before it "
-                "is taken"
-            ) from None
+        return _items(self._manager, step, where, **args)
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -141,6 +135,58 @@ class Checkpoints:
                 f"{'none' if not steps else f'step {steps[-1]}'}; free space in {self.directory}, "
                 "and the run goes on from there (--resume)"
             ) from None
+
+
+def load_params(directory: Path, architecture: dict[str, Any], like: Params) -> tuple[int, Params]:
+    """The step and the parameters of the newest checkpoint; nothing else of it is read.
+
+    Args:
+        directory: of the run's checkpoints; it is not written to.
+        architecture: the checkpoint's, as JSON values.
+        like: shapes of the parameters.
+
+    Returns:
+        The parameters lie on the first device.
+
+    Raises:
+        ValueError: no checkpoint, one of another architecture, or a damaged one.
+    """
+    options = ocp.CheckpointManagerOptions(create=False)
+    nothing = ValueError(
+        f"there is no checkpoint in {directory}: a run saves the first some time after its start"
+    )
+    if not directory.is_dir():
+        raise nothing
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise nothing
+        where = f"the checkpoint {directory / str(step)}"
+        saved = _items(manager, step, where, identity=ocp.args.JsonRestore())["identity"]
+        wanted = {"model": architecture}
+        check_identity({"model": saved.get("model", {})}, wanted, where)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = {
+            "params": jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
+            )
+        }
+        only = ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,  # the optimizer's state is twice as large
+        )
+        return step, _items(manager, step, where, state=only)["state"]["params"]
+
+
+def _items(manager: ocp.CheckpointManager, step: int, where: str, **args: Any) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as error:  # TensorStore raises whatever it likes
+        raise ValueError(
+            f"{where} is damaged: {_first_line(error)} ... Move it away, and the one before it "
+            "is taken"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

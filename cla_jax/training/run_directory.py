@@ -1,13 +1,15 @@
 """A run's directory: what it belongs to, and JSON that is written whole or not at all.
 
 It holds `config.json` (resolved configuration, package versions, data fingerprint),
-`metrics.jsonl`, `checkpoints/` and, when finished, `result.json`.
+`metrics.jsonl`, `checkpoints/`, `tokenizer.json` (unless the tokens are bytes) and, when finished,
+`result.json`.
 """
 
 import dataclasses
 import importlib.metadata
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import jax
 
 from cla_jax.configs import ModelConfig, TrainConfig
 from cla_jax.data.pipeline import data_fingerprint
+from cla_jax.data.prepared import tokenizer_of
 from cla_jax.data.token_stream import Streams
+from cla_jax.data.tokenizers import Tokenizer
 from cla_jax.training.checkpoints import FORCE_HINT, check_identity
 
 _PACKAGES = ("cla-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
@@ -70,6 +74,15 @@ def check_directory(directory: Path, identity: Identity, resume: bool, force: bo
             f"{directory} is not empty and holds no run; nothing in it was touched: choose another "
             "directory"
         )
+
+
+def find_tokenizer(streams: Streams) -> Tokenizer | None:
+    """What a run keeps, so that its model can read and write text; training does without it."""
+    try:
+        return tokenizer_of(streams)
+    except ValueError as error:
+        print(f"this run is left without its tokenizer: {error}", file=sys.stderr)
+        return None
 
 
 def versions() -> dict[str, str]:

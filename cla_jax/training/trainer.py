@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from cla_jax.configs import DataConfig, ModelConfig, TrainConfig, nearest_divisor
 from cla_jax.data.files import append_json, write_json
 from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches, training_rows
+from cla_jax.data.prepared import keep_tokenizer, tokenizer_record
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
 from cla_jax.training.checkpoints import Checkpoints
@@ -22,7 +23,13 @@ from cla_jax.training.interruption import Interrupted, StopRequest
 from cla_jax.training.loss import check_loss_chunk
 from cla_jax.training.metrics import MetricLog, TrainingProgress, read_metrics
 from cla_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from cla_jax.training.run_directory import check_directory, identity_of, read_json, versions
+from cla_jax.training.run_directory import (
+    check_directory,
+    find_tokenizer,
+    identity_of,
+    read_json,
+    versions,
+)
 from cla_jax.training.step import (
     Model,
     Params,
@@ -97,6 +104,9 @@ def train(
         "attention": f"{path.implementation}: {path.reason}",
         "versions": versions(),
     }
+    tokenizer = find_tokenizer(streams)
+    if tokenizer is not None:
+        resolved["tokenizer"] = tokenizer_record(tokenizer)
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
     state = init_state(model, optimizer, training.seed)
@@ -109,6 +119,8 @@ def train(
     begun = (directory / "config.json").exists()
     if not begun:
         write_json(directory / "config.json", resolved)
+    if tokenizer is not None:
+        keep_tokenizer(directory, tokenizer)
     with Checkpoints(
         directory / "checkpoints", identity, keep=training.keep_checkpoints, force=force
     ) as checkpoints:

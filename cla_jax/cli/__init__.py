@@ -1,0 +1,56 @@
+"""The `cla-jax` command: a thin face over the library.
+
+A command is a dataclass: its fields are the options, its docstring the help, `run` does it. What is
+slow to import is imported there, so that `--help` and wrong arguments are answered at once.
+"""
+
+import sys
+
+import tyro
+
+from cla_jax.cli.data import PrepareData, TrainTokenizer
+from cla_jax.cli.inference import Generate
+from cla_jax.cli.models import Diagram, Models
+from cla_jax.cli.planning import Plan
+from cla_jax.cli.training import Report, Train
+
+__all__ = [
+    "Diagram",
+    "Generate",
+    "Models",
+    "Plan",
+    "PrepareData",
+    "Report",
+    "Train",
+    "TrainTokenizer",
+    "main",
+]
+
+
+def main() -> None:
+    """Entry point of `cla-jax`.
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong arguments, 130 and 143 stopped by Ctrl-C or
+    SIGTERM (a training run has saved first).
+    """
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            {
+                "models": Models,
+                "diagram": Diagram,
+                "prepare-data": PrepareData,
+                "train-tokenizer": TrainTokenizer,
+                "train": Train,
+                "generate": Generate,
+                "plan": Plan,
+                "report": Report,
+            },
+            prog="cla-jax",
+            description="Train and measure transformers whose layers share keys and values.",
+        )
+        command.run()
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"cla-jax: {error}")
+    except KeyboardInterrupt as error:  # a training run's says where it was saved
+        print(f"cla-jax: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 130))

@@ -1,0 +1,114 @@
+"""`cla-jax plan`: what fits into a device's memory, before anything is run."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from cla_jax import registry
+
+if TYPE_CHECKING:
+    from cla_jax.inference.planning import MemoryPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Say what fits into a device's memory: the largest batch at a context, the longest context.
+
+    Also under other sharing patterns and, with --bandwidth, how fast a decode step can be at most.
+    Nothing is run. Example: `cla-jax plan --model 1B/H128-MQA-CLA2 --memory 141GB --context 8192
+    --batch 64 --bandwidth 4.47TB/s --figure capacity`
+    """
+
+    model: str
+    """The model; `cla-jax models` lists them."""
+    memory: str
+    """What JAX may use: 141GB (10^9 bytes each), 80GiB (2^30) or bytes. Of a GPU it takes 75 %
+    unless XLA_CLIENT_MEM_FRACTION says otherwise."""
+    context: int | None = None
+    """Tokens of each sequence, prompt and new ones. Default: as many as in training."""
+    batch: int = 1
+    """Sequences at once."""
+    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the K/V cache."""
+    bandwidth: str | None = None
+    """Of the memory, such as 4.47TB/s: adds the least time of a decode step."""
+    patterns: tuple[str, ...] = ()
+    """What to compare with: sharing patterns (CLA2, CLA2-KeepEnds, MLKV-6), models, or globs over
+    models ('1B/H128-*'). Default: none, CLA2, CLA3, CLA4."""
+    figure: Path | None = None
+    """Draw the largest batch against the context as FILE.png and FILE.svg."""
+
+    def run(self) -> None:
+        """Print it."""
+        config = registry.model(self.model)  # before the slow imports: a bad name fails at once
+        from cla_jax.inference import planning
+        from cla_jax.inference.sizes import format_size, parse_bandwidth, parse_size
+        from cla_jax.reporting.planning import capacity, columns, variants
+        from cla_jax.reporting.tables import terminal_table
+
+        memory = parse_size(self.memory)
+        bandwidth = None if self.bandwidth is None else parse_bandwidth(self.bandwidth)
+        context = config.sequence_length if self.context is None else self.context
+        settings = planning.MemorySettings(cache_dtype=self.cache_dtype)
+        plan, *others = (
+            planning.MemoryPlan(one, self.batch, context, memory, settings)
+            for one in (config, *variants(config, self.patterns))
+        )
+        if plan.weights >= memory:
+            raise ValueError(planning.weights_do_not_fit(plan))
+        console = Console()
+        print(
+            f"{config.name}, batch {self.batch:,}, context {context:,}, "
+            f"{settings.cache_dtype} cache, in {format_size(memory)}\n"
+        )
+        console.print(_summary(plan, bandwidth))
+        if context > config.sequence_length:
+            print(
+                f"\nnote: the model was trained on {config.sequence_length:,} tokens; a context of "
+                f"{context:,} is planned for memory alone"
+            )
+        print()
+        console.print(terminal_table(others, columns(self.batch, context, bandwidth)))
+        if self.figure is not None:
+            from cla_jax.reporting import figures
+
+            for path in figures.save(capacity(others), self.figure):
+                print(f"wrote {path}")
+
+
+def _summary(plan: "MemoryPlan", bandwidth: int | None) -> Table:
+    """Where the memory goes, and what would fit."""
+    from cla_jax.inference.sizes import format_size
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+
+    def add(name: str, size: str, note: str = "") -> None:
+        table.add_row(name, size, note)
+
+    fits = plan.total <= plan.memory
+    difference = format_size(abs(plan.memory - plan.total))
+    cached = f"{plan.config.kv_layers} of {plan.config.num_layers} layers own K/V"
+    add("weights", format_size(plan.weights), f"{plan.settings.compute_dtype}, norms float32")
+    add("KV per token", f"{plan.kv_bytes_per_token:,} B", cached)
+    add("KV cache", format_size(plan.cache), f"{plan.cache:,} B")
+    add("workspace", format_size(plan.workspace), "upper estimate")
+    verdict = f"fits, {difference} to spare" if fits else f"does not fit: {difference} too much"
+    add("total", format_size(plan.total), verdict)
+    add("largest batch", f"{plan.largest_batch:,}", f"at context {plan.context:,}")
+    trained = plan.config.sequence_length
+    beyond = f"; trained on {trained:,}" if plan.longest_context > trained else ""
+    add("longest context", f"{plan.longest_context:,}", f"at batch {plan.batch:,}{beyond}")
+    if bandwidth is not None:
+        reads = plan.reads()
+        seconds = reads.seconds(bandwidth)
+        add("decode floor", f"{1e3 * seconds:,.3f} ms",
+            f"a step, {plan.batch / seconds:,.0f} tokens/s: {format_size(reads.weights)} of "
+            f"weights and {format_size(reads.kv)} of K/V, every layer's, read at "
+            f"{format_size(bandwidth)}/s")  # fmt: skip
+    return table

@@ -1,0 +1,91 @@
+"""`cla-jax train`, and `report` on what it left."""
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cla_jax.configs import ModelConfig, TrainConfig
+from cla_jax.recipes import RECIPES
+from cla_jax.registry import model
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model on text; the run directory holds its config, metrics, checkpoints and result.
+
+    On your own text as bytes: `cla-jax train tiny/MQA-CLA2 --out runs/mine --text my_text/ --preset
+    tiny`. A paper's whole recipe on prepared data: `cla-jax train 1B/H128-MQA-CLA2 --out runs/1b
+    --data data/slimpajama --preset cla-1b`. SIGTERM and Ctrl-C save first; --resume goes on.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """The model; `cla-jax models` lists them."""
+    out: Path
+    """The run's directory."""
+    training: TrainConfig = dataclasses.field(default_factory=lambda: _preset(sys.argv))
+    """The recipe, as the preset has it."""
+    preset: Literal["tiny", "cla-1b", "cla-3b", "mlkv"] = "tiny"
+    """Whose recipe: the quickstart's, CLA section 3.1 at 1B or 3B, MLKV section 4.4."""
+    data: Path | None = None
+    """A directory that `cla-jax prepare-data` made."""
+    text: str | None = None
+    """Instead: text as for prepare-data, read as bytes. Default: the Python standard library."""
+    data_dir: Path = Path("runs/data")
+    """Where prepared text is kept, for the next run."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `--out`."""
+    force: bool = False
+    """Resume though recipe or data differ from those that the run was begun with."""
+
+    def run(self) -> None:
+        """Train it."""
+        config: ModelConfig = model(self.name)  # before the slow imports: a bad name fails at once
+        if self.data is not None and self.text is not None:
+            raise ValueError("--data and --text both name the training text: give one of them")
+        if self.force and not self.resume:
+            raise ValueError("--force is about a run that goes on: give --resume too")
+        from cla_jax import data
+        from cla_jax.training import train
+
+        if self.data is not None:
+            streams = data.open_prepared(self.data)
+        else:
+            corpus = data.prepare_corpus(data.corpus_at(self.text), self.data_dir)
+            streams = data.prepare_streams(corpus, data.ByteTokenizer(), self.data_dir)
+        if self.resume and not (self.out / "config.json").exists():
+            print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
+        trained = train(
+            config, self.training, streams, self.out, resume=self.resume, force=self.force
+        )
+        print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draw the tables and figures of experiments or runs again; nothing is trained.
+
+    Examples: `cla-jax report runs/cla-design-space-tiny`, or, to set runs side by side with the
+    first as the baseline, `cla-jax report runs/mine runs/other --out comparison`.
+    """
+
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Directories of experiments, or of finished runs."""
+    out: Path | None = None
+    """Where to write. Default: the experiment's directory; for runs, runs/report."""
+
+    def run(self) -> None:
+        """Write and show them."""
+        from cla_jax.reporting.report import report, show
+
+        show(report(self.directories, self.out))
+
+
+def _preset(arguments: list[str]) -> TrainConfig:
+    """The recipe that the command line names: the defaults of all `--training.*` options."""
+    given = [b for a, b in itertools.pairwise(arguments) if a == "--preset"]
+    given += [a.removeprefix("--preset=") for a in arguments if a.startswith("--preset=")]
+    return RECIPES.get(given[-1] if given else "tiny", RECIPES["tiny"])

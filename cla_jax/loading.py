@@ -1,0 +1,269 @@
+"""Trained models, ready to write text: `cla_jax.load("runs/mine").generate("Once upon a time")`."""
+
+import dataclasses
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+
+from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig
+from cla_jax.data.prepared import read_tokenizer
+from cla_jax.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_at
+from cla_jax.inference import GenerateConfig, Sampling, check_prompts, generate
+from cla_jax.models import Decoder
+from cla_jax.training.checkpoints import load_params
+from cla_jax.training.run_directory import read_json
+from cla_jax.training.step import Model
+
+__all__ = ["TextContinuation", "TextModel", "load"]
+
+_DEPTH = 4  # folders below which no run is looked for
+_SHOWN = 12  # runs that a message lists
+
+type OnText = Callable[[int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextContinuation:
+    """What a model wrote behind a prompt.
+
+    Attributes:
+        prompt: as it was given.
+        text: what follows it, without the stop string.
+        tokens: of the text, without the stop; at a stop string, those that end before it.
+        finished: `stop_token` (the model ended the document), `stop_string` or `length`.
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    finished: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextModel:
+    """A decoder with the tokenizer that it was trained with.
+
+    Attributes:
+        config: the architecture.
+        decoder: float32 parameters; computes in `decoder.execution.compute_dtype`.
+        tokenizer: text to tokens and back.
+    """
+
+    config: ModelConfig
+    decoder: Decoder = dataclasses.field(repr=False)
+    tokenizer: Tokenizer
+
+    @overload
+    def generate(
+        self, prompts: str, *, max_new_tokens: int = ..., temperature: float = ...,
+        top_k: int = ..., top_p: float = ..., seed: int = ..., stop: Sequence[str] = ...,
+        cache_dtype: ComputeDtype = ..., on_text: OnText | None = ..., first_row: int = ...,
+    ) -> TextContinuation: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompts: list[str] | tuple[str, ...], *, max_new_tokens: int = ...,
+        temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
+        stop: Sequence[str] = ..., cache_dtype: ComputeDtype = ..., on_text: OnText | None = ...,
+        first_row: int = ...,
+    ) -> list[TextContinuation]: ...  # fmt: skip
+    def generate(
+        self,
+        prompts: str | list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        cache_dtype: ComputeDtype = "bfloat16",
+        on_text: OnText | None = None,
+        first_row: int = 0,
+    ) -> TextContinuation | list[TextContinuation]:
+        """Continue a prompt, or several as one batch.
+
+        A text ends at the end of the document, at a stop string or after `max_new_tokens`.
+
+        Args:
+            prompts: one, or several.
+            max_new_tokens: of each.
+            temperature: 0 is greedy; this and the next three as in `Sampling`.
+            top_k: how many of the likeliest tokens may be drawn; 0 is all.
+            top_p: share of the probability that may be drawn from; 1 is all.
+            seed: of the random streams.
+            stop: strings that end a text; they are no part of it.
+            cache_dtype: of the K/V cache.
+            on_text: told each prompt's index and its text, piece by piece as it is written.
+            first_row: number of the first prompt, where a long list is continued batch by batch:
+                a prompt's random stream is that of the seed and its number.
+
+        Returns:
+            A continuation for a string, a list of them for several.
+
+        Raises:
+            ValueError: no prompt or an empty one, a value out of its range, a prompt too long.
+        """
+        config = GenerateConfig(
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, seed),
+            stop_tokens=(self.tokenizer.end_of_text,),
+            stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
+            cache_dtype=cache_dtype,
+        )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        found = generate(
+            self._unstacked,
+            self.tokenizer.encode_batch(texts),
+            config,
+            decode=self.tokenizer.decode,
+            on_text=on_text,
+            first_row=first_row,
+        )
+        continuations = [
+            TextContinuation(prompt, one.text or "", one.tokens, one.finished)
+            for prompt, one in zip(texts, found, strict=True)
+        ]
+        return continuations[0] if isinstance(prompts, str) else continuations
+
+    def check(self, prompts: list[str] | tuple[str, ...], max_new_tokens: int) -> None:
+        """Whether `generate` will take these prompts, before long work on the first of them.
+
+        Raises:
+            ValueError: there is none; one is empty or, with `max_new_tokens`, too long.
+        """
+        check_prompts(self.config, self.tokenizer.encode_batch(prompts), max_new_tokens)
+
+    @functools.cached_property
+    def _unstacked(self) -> Decoder:
+        """The decoder as it decodes fastest; made when it is first needed."""
+        return self.decoder.unstacked()
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    compute_dtype: ComputeDtype | None = None,
+) -> TextModel:
+    """A model that `cla-jax train`, an experiment or the quickstart trained.
+
+    Takes the newest checkpoint of the run; the training need not be finished.
+
+    Args:
+        path: the run's directory, or one below which there is exactly one run.
+        tokenizer: for a run that does not hold its own: `bytes`, a `tokenizers` JSON file or
+            `hf:OWNER/NAME`.
+        compute_dtype: of activations and matrix products; by default bfloat16, on a CPU float32.
+
+    Raises:
+        ValueError: no run there, or several (names them); no checkpoint; a damaged file; no
+            tokenizer, or another than the run's.
+    """
+    directory = find_run(path)
+    record = read_json(directory / "config.json")
+    try:
+        config = ModelConfig.from_dict(record["model"])
+        trained = record.get("tokenizer") or {  # an older run, or one whose tokens came alone
+            "name": "tokenizer", "fingerprint": record["data"]["tokenizer"], "end_token": None,
+        }  # fmt: skip
+        fingerprint = str(trained["fingerprint"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{directory / 'config.json'} is not a run's: {reason}") from None
+    text = _tokenizer(directory, {**trained, "fingerprint": fingerprint}, tokenizer)
+    if compute_dtype is None:
+        compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = Model(config, ExecutionConfig(compute_dtype=compute_dtype))
+    like = jax.eval_shape(lambda: model.init(0))
+    step, params = load_params(directory / "checkpoints", record["model"], like)
+    if not (directory / "result.json").exists():
+        print(f"{directory} is not finished: this is its step {step}", file=sys.stderr)
+    return TextModel(config, model(params), text)
+
+
+def find_run(path: str | os.PathLike[str]) -> Path:
+    """The run in a directory, or the only one below it.
+
+    Raises:
+        ValueError: no such directory (with the nearest), no run in it, or several (names them).
+    """
+    path = Path(path).expanduser()
+    if _is_run(path):
+        return path
+    if not path.exists():
+        raise ValueError(f"there is no {path}{_nearest(path)}")
+    above = [parent for parent in path.parents if _is_run(parent)]
+    if above:
+        raise ValueError(f"{path} is part of a run: give the run's directory, {above[0]}")
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; give a run's directory")
+    found = sorted(
+        {
+            config.parent
+            for depth in range(1, _DEPTH + 1)
+            for config in path.glob("/".join([*["*"] * depth, "config.json"]))
+            if _is_run(config.parent)
+        }
+    )
+    if not found:
+        raise ValueError(
+            f"there is no run in {path}: `cla-jax train` leaves config.json and checkpoints in a "
+            "run's directory"
+        )
+    if len(found) > 1:
+        names = "".join(f"\n  {run}" for run in found[:_SHOWN])
+        more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise ValueError(
+            f"there are {len(found)} runs below {path}; name one of them:{names}{more}"
+        )
+    return found[0]
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a trainer has written there; other programs have a `config.json` too."""
+    if not (path / "config.json").is_file():
+        return False
+    return (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()
+
+
+def _nearest(path: Path) -> str:
+    """What there is instead of a path that is not there, for a message."""
+    parent = next(p for p in path.absolute().parents if p.is_dir())
+    missing = path.absolute().relative_to(parent).parts[0]
+    names = [p.name for p in parent.iterdir() if p.is_dir()]
+    near = difflib.get_close_matches(missing, names, n=1)
+    return f"; the nearest is {parent / near[0]}" if near else f" ({parent} has no {missing!r})"
+
+
+def _tokenizer(
+    directory: Path, record: dict[str, Any], place: str | os.PathLike[str] | None
+) -> Tokenizer:
+    """The run's own tokenizer, or the one that is named, if it is the same."""
+    fingerprint = record["fingerprint"]
+    if place is None:
+        if fingerprint == ByteTokenizer.fingerprint:
+            return ByteTokenizer()
+        if not (directory / "tokenizer.json").exists():
+            raise ValueError(
+                f"{directory} does not hold the tokenizer that it was trained with (fingerprint "
+                f"{fingerprint[:16]}): name it with --tokenizer (tokenizer= in Python), a "
+                "`tokenizers` JSON file or hf:OWNER/NAME"
+            )
+        return read_tokenizer(directory, record)
+    end = record.get("end_token") if place != "bytes" else None
+    given = tokenizer_at(place, end)
+    if given.fingerprint != fingerprint:
+        own = ": it needs no --tokenizer" if (directory / "tokenizer.json").exists() else ""
+        if fingerprint == ByteTokenizer.fingerprint:
+            own = ": bytes"
+        raise ValueError(
+            f"{place} (fingerprint {given.fingerprint[:16]}) is not the tokenizer that {directory} "
+            f"was trained with (fingerprint {fingerprint[:16]}){own}"
+        )
+    return given

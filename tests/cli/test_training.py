@@ -1,0 +1,67 @@
+"""`cla-jax train`: a short run, and what it refuses."""
+
+import json
+
+import pytest
+
+
+def test_train_end_to_end(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("the cat sat on the mat.\n" * 100)
+    arguments = [
+        "train", "tiny/MQA-CLA2", "--out", "runs/mine", "--text", "my.txt", "--training.steps", "3",
+        "--training.data.sequence-length", "32", "--training.data.batch-size", "2",
+        "--training.eval-tokens", "64", "--training.execution.compute-dtype", "float32",
+    ]  # fmt: skip
+    code, out, error = run(*arguments)
+    assert code == 0, error
+    result = json.loads((tmp_path / "runs/mine/result.json").read_text())
+    assert (result["model"], result["steps"]) == ("tiny/MQA-CLA2", 3)
+    assert f"{result['validation_perplexity']:.3f}" in out
+    assert "step 3/3" in error  # progress, on standard error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["my.txt", "runs"]
+
+    code, text, error = run("generate", "runs/mine", "--prompt", "the cat", "--max-new-tokens", "4")
+    assert code == 0, error
+    assert text.startswith("the cat")
+    code, _, error = run("generate", "runs", "--prompt", "a", "b" * 500, "--out", "written.jsonl")
+    assert code == 1
+    assert "500 tokens and 128 new ones exceed tiny/MQA-CLA2's sequence length of 256" in error
+
+    code, _, error = run(*arguments)
+    assert code == 1
+    assert "--resume" in error
+    code, again, error = run(*arguments, "--resume")
+    assert code == 0, error
+    assert again == out
+    code, _, error = run(*arguments, "--resume", "--training.seed", "7")
+    assert code == 1
+    assert "training.seed: 0 there, 7 here" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ["no such text file", "my.txt"]),
+        (b"", ["no bytes of text"]),
+        (b"caf\xe9 " * 1000, ["not UTF-8", "offset 3", "iconv"]),
+    ],
+)
+def test_train_refuses_text(run, tmp_path, monkeypatch, content, parts):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "my.txt").write_bytes(content)
+    code, _, error = run("train", "tiny/MQA", "--out", "out", "--text", "my.txt",
+                         "--training.steps", "3")  # fmt: skip
+    assert code == 1
+    assert all(part in error for part in parts), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refuses_an_unknown_model_before_it_reads_anything(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run("train", "tiny/MQA-CLA9", "--out", "out", "--training.steps", "3")
+    assert code == 1
+    assert "'tiny/MQA-CLA9'" in error
+    assert "tiny/MHA, tiny/MQA, tiny/MQA-CLA2, tiny/MQA-CLA3" in error
+    assert not any(tmp_path.iterdir())
