@@ -1,0 +1,179 @@
+"""What a decoding step costs: time, bytes read, memory; and what the device can read."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from cla_kernels import choose_implementation
+from flax import nnx
+
+from cla_jax.configs import ExecutionConfig, ModelConfig
+from cla_jax.inference import KVCache, Sampling
+from cla_jax.inference.generation import decode_block
+from cla_jax.inference.planning import MemorySettings, step_reads
+from cla_jax.inference.sampling import row_keys
+from cla_jax.models import Decoder, UnstackedDecoder
+
+__all__ = ["DecodeCosts", "decode_costs", "memory_limit", "random_decoder", "read_bandwidth"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCosts:
+    """A batch decoding at a context, greedily.
+
+    Attributes:
+        model: its name.
+        batch: rows.
+        context: keys that the last timed step sees.
+        cache_dtype: of the cache.
+        step_seconds: median over calls of a step's time within a loop on the device.
+        read_bytes: that a step must read: the weights once, K/V once for every layer.
+        cache_bytes: of the cache.
+        temporary_bytes: of the compiled loop, beside its arguments.
+        compile_seconds: of the loop.
+        attention: the implementation of `decode_attention`.
+    """
+
+    model: str
+    batch: int
+    context: int
+    cache_dtype: str
+    step_seconds: float
+    read_bytes: int
+    cache_bytes: int
+    temporary_bytes: int
+    compile_seconds: float
+    attention: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole batch."""
+        return self.batch / self.step_seconds
+
+    @property
+    def read_rate(self) -> float:
+        """Bytes that had to be read, per second."""
+        return self.read_bytes / self.step_seconds
+
+
+def random_decoder(
+    config: ModelConfig,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 (frozen)
+) -> UnstackedDecoder:
+    """Random weights, ready to decode; their float32 form is not kept."""
+
+    @jax.jit
+    def make(key: jax.Array) -> UnstackedDecoder:
+        return UnstackedDecoder(Decoder(config, execution, rngs=nnx.Rngs(key)))
+
+    return make(jax.random.key(0))
+
+
+def decode_costs(
+    decoder: UnstackedDecoder,
+    batch: int,
+    context: int,
+    *,
+    cache_dtype: str = "bfloat16",
+    steps: int = 16,
+    repeats: int = 3,
+) -> DecodeCosts:
+    """Time `decode_block`, `generate`'s own loop, over a full cache of random K/V.
+
+    Args:
+        decoder: the model.
+        batch: rows.
+        context: tokens that a row has after the last step.
+        cache_dtype: of the cache.
+        steps: in a timed call.
+        repeats: timed calls, after one that is not.
+
+    Raises:
+        ValueError: a context shorter than the steps.
+    """
+    config = decoder.config
+    if context <= steps:
+        raise ValueError(f"context {context} must be longer than the {steps} timed steps")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def full(shape: KVShape) -> KVCache:
+        empty = KVCache.create(config, shape.batch, shape.context, shape.dtype)
+        row = jax.random.normal(jax.random.key(1), empty.k[0].shape[2:], jnp.float32)
+        k, v = jax.tree.map(
+            lambda a: jnp.broadcast_to(row.astype(a.dtype)[None, None], a.shape),
+            (empty.k, empty.v),
+        )
+        return dataclasses.replace(empty, k=k, v=v)
+
+    cache = full(KVShape(batch, context, cache_dtype))
+    lengths = jnp.full((batch,), context - steps, jnp.int32)
+    token, done = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
+    rest = (
+        row_keys(0, range(batch)), Sampling().arrays(), jnp.full((1,), -1, jnp.int32),
+        jnp.int32(steps),
+    )  # fmt: skip
+    began = time.perf_counter()
+    lowered = decode_block.lower(decoder, cache, token, done, *rest, size=steps)
+    compiled: Any = lowered.compile()
+    compiled_in = time.perf_counter() - began
+    times = list[float]()
+    for _ in range(repeats + 1):
+        # The cache was donated; only its lengths are set back.
+        cache = dataclasses.replace(cache, lengths=jnp.copy(lengths))
+        jax.block_until_ready(cache)
+        began = time.perf_counter()
+        _, token, _, cache = compiled(decoder, cache, token, done, *rest)
+        jax.block_until_ready(cache)
+        times.append((time.perf_counter() - began) / steps)
+    queries = jax.ShapeDtypeStruct(
+        (batch, 1, config.query_heads, config.head_dim), decoder.execution.compute_dtype
+    )
+    settings = MemorySettings(cache_dtype, decoder.execution.compute_dtype)
+    return DecodeCosts(
+        model=config.name,
+        batch=batch,
+        context=context,
+        cache_dtype=cache_dtype,
+        step_seconds=statistics.median(times[1:]),
+        read_bytes=step_reads(config, batch, context, settings).total,
+        cache_bytes=cache.nbytes,
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        compile_seconds=compiled_in,
+        attention=choose_implementation(queries, cache.k[0])[0],  # pyright: ignore
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class KVShape:
+    """Sizes of a cache, static under `jax.jit`."""
+
+    batch: int
+    context: int
+    dtype: str
+
+
+def read_bandwidth(size: int = 2**32, repeats: int = 8) -> float:
+    """Bytes per second at which the device sums an array of `size` bytes: its read ceiling.
+
+    The better of sums over bfloat16 and over float32.
+    """
+    best = 0.0
+    for dtype in (jnp.bfloat16, jnp.float32):
+        array = jnp.ones((size // jnp.dtype(dtype).itemsize,), dtype)
+        total = jax.jit(lambda a: a.astype(jnp.float32).sum())
+        jax.block_until_ready(total(array))
+        for _ in range(3):
+            began = time.perf_counter()
+            jax.block_until_ready([total(array) for _ in range(repeats)])
+            best = max(best, array.nbytes * repeats / (time.perf_counter() - began))
+        del array
+    return best
+
+
+def memory_limit() -> int | None:
+    """Bytes that the first device lets JAX have; None where it does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
