@@ -1,0 +1,305 @@
+"""One test body for every implementation, against a float64 softmax in NumPy, a query at a time."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cla_kernels import IMPLEMENTATIONS, choose_implementation, decode_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+IMPLEMENTATION_PARAMS = [
+    pytest.param(name, marks=pytest.mark.gpu) if name == "cudnn" else name
+    for name in IMPLEMENTATIONS
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a call: rows, queries a row, query and KV heads, head dim, cache length, KV layers."""
+
+    B: int
+    T: int
+    N: int
+    K: int
+    H: int
+    S: int
+    G: int
+
+
+# What every implementation is held to, on every backend.
+SHAPES = [
+    Shape(B=5, T=1, N=4, K=2, H=64, S=24, G=3),  # GQA
+    Shape(B=3, T=3, N=3, K=1, H=46, S=17, G=2),  # a head dim that no tile divides
+    Shape(B=3, T=1, N=4, K=4, H=8, S=16, G=2),  # MHA
+    Shape(B=3, T=1, N=5, K=1, H=128, S=40, G=2),  # MQA
+    Shape(B=1, T=1, N=1, K=1, H=16, S=1, G=1),
+    Shape(B=3, T=1, N=3, K=1, H=90, S=13, G=2),
+    Shape(B=3, T=8, N=3, K=3, H=6, S=11, G=1),
+    Shape(B=5, T=7, N=2, K=1, H=8, S=4, G=2),  # more queries than room
+]
+# (queries, cache), and the error of the largest entry that is left to them. Measured on CPU:
+# float32 5e-7; bfloat16 2.8e-3 and float16 3.5e-4, of rounding softmax weights and output.
+DTYPES = {
+    ("float32", "float32"): 3e-6,
+    ("float32", "bfloat16"): 3e-6,
+    ("bfloat16", "bfloat16"): 8e-3,
+    ("float16", "float16"): 1e-3,
+}
+
+
+def softmax_attention(q, k, v, lengths, layer, scale=None):
+    """Float64; loops over rows, queries and heads. A query that sees nothing gives zeros."""
+    q, k, v = (np.asarray(jnp.asarray(a, jnp.float32), np.float64) for a in (q, k, v))
+    (B, T, N, H), S, K = q.shape, k.shape[2], k.shape[3]
+    scale = 1 / np.sqrt(H) if scale is None else scale
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        seen = min(int(lengths[b]) - T + t + 1, S)
+        if seen < 1:
+            continue
+        keys, values = k[layer, b, :seen, n // (N // K)], v[layer, b, :seen, n // (N // K)]
+        weights = np.exp(scale * keys @ q[b, t, n])
+        out[b, t, n] = weights @ values / weights.sum()
+    return out
+
+
+def ragged(shape: Shape) -> np.ndarray:
+    """Full rows, empty ones, rows shorter than their queries, rows that end in padding."""
+    lengths = [shape.S + shape.T - 1, 0, shape.S // 2 + 1, shape.S, 1]
+    return np.array(lengths[: shape.B], np.int32)
+
+
+def inputs(shape: Shape, q_dtype="float32", cache_dtype="float32", seed=0):
+    random = np.random.default_rng(seed)
+    cache = (shape.G, shape.B, shape.S, shape.K, shape.H)
+    q = random.normal(size=(shape.B, shape.T, shape.N, shape.H))
+    k, v = random.normal(size=(2, *cache))
+    return jnp.asarray(q, q_dtype), jnp.asarray(k, cache_dtype), jnp.asarray(v, cache_dtype)
+
+
+def error(found, expected) -> float:
+    found = np.asarray(jnp.asarray(found, jnp.float32), np.float64)
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-3))
+
+
+@functools.cache
+def jitted(implementation):
+    @functools.partial(jax.jit, static_argnames=("layer", "scale"))
+    def run(q, k, v, lengths, layer=0, scale=None):
+        # A GPU would otherwise multiply float32 in TF32.
+        with jax.default_matmul_precision("highest"):
+            return decode_attention(
+                q, k, v, lengths, layer=layer, scale=scale, implementation=implementation
+            )
+
+    return run
+
+
+# Each shape in float32, the first two in all types; on a GPU, which compiles faster, all in all.
+CASES = [
+    pytest.param(shape, *dtypes, id=f"{shape}-{'-'.join(dtypes)}")
+    for shape in SHAPES
+    for dtypes in DTYPES
+    if shape in SHAPES[:2] or dtypes == ("float32", "float32") or jax.default_backend() == "gpu"
+]
+
+
+def cudnn_takes(shape: Shape, q_dtype: str, cache_dtype: str) -> bool:
+    return shape.T == 1 and shape.H % 8 == 0 and q_dtype == cache_dtype != "float32"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("shape", "q_dtype", "cache_dtype"), CASES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATION_PARAMS)
+def test_is_softmax_attention(implementation, shape, q_dtype, cache_dtype):
+    q, k, v = inputs(shape, q_dtype, cache_dtype)
+    lengths, layer = ragged(shape), shape.G - 1
+    if implementation == "cudnn" and not cudnn_takes(shape, q_dtype, cache_dtype):
+        with pytest.raises(ValueError, match=r"cannot run on cuDNN here: .*(head dim|type|mask)"):
+            jitted(implementation)(q, k, v, lengths, layer=layer)
+        return
+    found = jitted(implementation)(q, k, v, lengths, layer=layer)
+    assert found.dtype == q.dtype
+    expected = softmax_attention(q, k, v, lengths, layer)
+    assert error(found, expected) < DTYPES[q_dtype, cache_dtype]
+    # Not small: none at all.
+    blind = lengths[:, None] - shape.T + np.arange(shape.T)[None] < 0
+    assert not np.asarray(jnp.asarray(found, jnp.float32))[blind].any()
+
+
+@st.composite
+def calls(draw):
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    shape = Shape(
+        B=draw(st.integers(1, 3)), T=draw(st.integers(1, 8)), N=kv_heads * group, K=kv_heads,
+        H=draw(st.sampled_from([1, 2, 6, 46])), S=draw(st.integers(1, 12)),
+        G=draw(st.integers(1, 3)),
+    )  # fmt: skip
+    lengths = draw(st.lists(st.integers(0, shape.S + 8), min_size=shape.B, max_size=shape.B))
+    return shape, np.array(lengths, np.int32), draw(st.integers(0, shape.G - 1))
+
+
+@pytest.mark.parity
+@settings(max_examples=8)
+@given(calls(), st.sampled_from([None, 0.3]))
+def test_any_shape_and_lengths(call, scale):
+    shape, lengths, layer = call
+    q, k, v = inputs(shape, seed=shape.S)
+    expected = softmax_attention(q, k, v, lengths, layer, scale)
+    for implementation in ("reference", "xla"):
+        found = jitted(implementation)(q, k, v, lengths, layer=layer, scale=scale)
+        assert error(found, expected) < DTYPES["float32", "float32"]
+
+
+TRANSFORMED = Shape(B=3, T=1, N=4, K=2, H=8, S=8, G=3)
+
+
+def scanned(run, q, k, v, lengths):
+    _, out = jax.lax.scan(
+        lambda _, layer: (None, run(q, k, v, lengths, layer)), None, jnp.arange(3)
+    )
+    return out
+
+
+TRANSFORMS = {
+    "eager": lambda run, *args: jnp.stack([run(*args, layer) for layer in range(3)]),
+    "traced layer": lambda run, *args: jnp.stack(
+        [jax.jit(run)(*args, jnp.asarray(layer)) for layer in range(3)]
+    ),
+    "scan over layers": scanned,
+    "vmap over layers": lambda run, *args: jax.vmap(lambda layer: run(*args, layer))(jnp.arange(3)),
+    "vmap over rows": lambda run, q, k, v, lengths: jnp.stack(
+        [
+            jax.vmap(
+                lambda q, k, v, n, layer=layer: run(
+                    q[None], k[:, None], v[:, None], n[None], layer
+                )[0],
+                in_axes=(0, 1, 1, 0),
+            )(q, k, v, lengths)
+            for layer in range(3)
+        ]
+    ),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATION_PARAMS)
+def test_under_transformations(implementation, transform):
+    dtype = "bfloat16" if implementation == "cudnn" else "float32"
+    q, k, v = inputs(TRANSFORMED, dtype, dtype)
+    lengths = jnp.asarray([8, 0, 3], jnp.int32)
+
+    def run(q, k, v, lengths, layer):
+        with jax.default_matmul_precision("highest"):
+            return decode_attention(q, k, v, lengths, layer=layer, implementation=implementation)
+
+    found = TRANSFORMS[transform](run, q, k, v, lengths)
+    expected = np.stack([softmax_attention(q, k, v, lengths, layer) for layer in range(3)])
+    assert error(found, expected) < DTYPES[dtype, dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATION_PARAMS)
+def test_what_lies_behind_the_lengths_or_in_other_layers_is_not_read(implementation, shape, dtype):
+    if implementation == "cudnn" and not cudnn_takes(shape, dtype, dtype):
+        pytest.skip("not for cuDNN")
+    q, k, v = inputs(shape, dtype, dtype)
+    lengths, layer = ragged(shape), 0
+    behind = np.arange(shape.S)[None] >= lengths[:, None]
+    unseen = np.broadcast_to(behind, (shape.G, shape.B, shape.S)).copy()
+    unseen[layer + 1 :] = True
+    dirty_k, dirty_v = (
+        jnp.where(unseen[..., None, None], jnp.asarray(garbage, dtype), clean)
+        for garbage, clean in ((3e4, k), (-3e4, v))
+    )
+    run = jitted(implementation)
+    np.testing.assert_array_equal(
+        run(q, k, v, lengths, layer=layer), run(q, dirty_k, dirty_v, lengths, layer=layer)
+    )
+
+
+def test_lengths_and_layers_of_any_integer_type():
+    q, k, v = inputs(TRANSFORMED)
+    lengths = np.array([8, 0, 3])
+    expected = softmax_attention(q, k, v, lengths, 2)
+    for implementation in ("reference", "xla"):
+        for integer in (jnp.int16, jnp.uint32):
+            found = decode_attention(
+                q, k, v, jnp.asarray(lengths, integer), layer=jnp.asarray(2, integer),
+                implementation=implementation,
+            )  # fmt: skip
+            assert error(found, expected) < DTYPES["float32", "float32"]
+
+
+# --- choice and refusals --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="what is chosen without a GPU")
+def test_without_a_gpu_xla_is_chosen_and_cudnn_refused():
+    q, k, v = inputs(SHAPES[1], "bfloat16", "bfloat16")
+    chosen, reason = choose_implementation(q, k)
+    shapes: Any = jax.eval_shape(lambda: (q, k))
+    assert choose_implementation(*shapes) == (chosen, reason)
+    assert chosen == "xla"
+    assert "cpu is no NVIDIA GPU" in reason
+    lengths = jnp.asarray(ragged(SHAPES[1]))
+    with pytest.raises(ValueError, match="cannot run on cuDNN here: cpu is no NVIDIA GPU"):
+        decode_attention(q, k, v, lengths, implementation="cudnn")
+    np.testing.assert_array_equal(
+        np.asarray(decode_attention(q, k, v, lengths), np.float32),
+        np.asarray(decode_attention(q, k, v, lengths, implementation="xla"), np.float32),
+    )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_cudnn_is_chosen_where_it_can_run():
+    for shape in SHAPES:
+        for q_dtype, cache_dtype in DTYPES:
+            q, k, _ = inputs(shape, q_dtype, cache_dtype)
+            chosen, reason = choose_implementation(q, k)
+            assert (chosen == "cudnn") == cudnn_takes(shape, q_dtype, cache_dtype), reason
+
+
+def zeros(*shape, dtype="float32"):
+    return jnp.zeros(shape, dtype)
+
+
+REFUSED = {
+    "q of three axes": ({"q": zeros(3, 4, 8)}, r"q is \(3, 4, 8\).*expected q \[B, T, N, H\]"),
+    "a cache of one layer": ({"k": zeros(3, 8, 2, 8)}, r"expected .* k \[G, B, S, K, H\]"),
+    "k unlike v": ({"v": zeros(3, 3, 7, 2, 8)}, r"k \(3, 3, 8.*v \(3, 3, 7.*must be alike"),
+    "k of another type": ({"v": zeros(3, 3, 8, 2, 8, dtype="float16")}, "float32.*float16.*alike"),
+    "rows": ({"q": zeros(2, 1, 4, 8)}, "has batch 2 and head dim 8; .* has batch 3"),
+    "head dim": ({"q": zeros(3, 1, 4, 6)}, "head dim 6; the cache .* head dim 8"),
+    "heads": ({"q": zeros(3, 1, 3, 8)}, "3 query heads are no multiple of 2 KV heads"),
+    "no query": ({"q": zeros(3, 0, 4, 8)}, "T is 0: expected at least one query"),
+    "integer q": ({"q": zeros(3, 1, 4, 8, dtype="int32")}, "q is int32: expected a floating dtype"),
+    "integer cache": (
+        {"k": zeros(3, 3, 8, 2, 8, dtype="int8"), "v": zeros(3, 3, 8, 2, 8, dtype="int8")},
+        "k is int8: expected a floating dtype",
+    ),
+    "lengths of other rows": ({"lengths": zeros(2, dtype="int32")}, r"int32 \(2,\).* of 3 rows"),
+    "float lengths": ({"lengths": zeros(3)}, "lengths are float32 .*expected an integer"),
+    "layer beyond": ({"layer": 3}, "layer 3: the cache has 3, expected 0 to 2"),
+    "layer before": ({"layer": -1}, "layer -1: the cache has 3, expected 0 to 2"),
+    "implementation": ({"implementation": "cuddn"}, "'cuddn'.*the nearest is 'cudnn'"),
+    "another": ({"implementation": "refrence"}, "expected one of .*nearest is 'reference'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    changes, message = REFUSED[case]
+    q, k, v = inputs(TRANSFORMED)
+    arguments = {"q": q, "k": k, "v": v, "lengths": jnp.zeros(3, jnp.int32)}
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**{**arguments, **changes})
