@@ -1,0 +1,445 @@
+"""The contract: every way of running tokens through a decoder gives the same logits.
+
+Full forward (scanned, unrolled, unstacked) = prefill (of all positions, and fast) = chunked
+prefill, however it is cut = token-by-token decoding; and all are the naive float64 reference's.
+Batches are ragged, padding holds other tokens, and the cache has no more room than the longest row
+needs, so that the padding of a last chunk falls off its end.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig
+from cla_jax.inference.cache import KVCache
+from cla_jax.inference.forward import DECODE_QUERIES, extend, prefill
+from cla_jax.models import Decoder, UnstackedDecoder
+from cla_jax.sharing import KVSharing
+from tests.models import reference
+from tests.models.test_decoder import ALL, HEADS, QUICK, config_of, owner_maps
+
+# Of the largest logit. Float32 against float64: measured at most 3.2e-6.
+FLOAT32 = 2e-5
+# A bfloat16 cache under float32, one way against another: measured 2e-5, where an entry fell to the
+# other side of a rounding; 1e-2 if prefill reads its K/V before they are rounded.
+ROUNDED = 3e-4
+# Bfloat16 throughout against float64, with weights of deviation `SPREAD / sqrt(D)` (with the
+# float32 tests' 1.5, each layer doubles what the one before has rounded): measured at most 0.023,
+# whether the way be a forward pass or a cache's.
+BFLOAT16, SPREAD = 5e-2, 0.7
+
+LENGTH = 12
+SHORT, LONG = 4, 10  # chunks on either side of DECODE_QUERIES: the two routes of attention
+assert SHORT <= DECODE_QUERIES < LONG <= LENGTH
+WIDTHS = np.array([LENGTH, 5, 9])
+
+
+# As deep as they need be to be told apart: compilation is what this file's time is spent on.
+PATTERNS = {
+    "none": KVSharing.none(3),
+    "CLA2": KVSharing.cla(4, 2),
+    "CLA3-short-first": KVSharing.cla(5, 3),
+    "CLA4": KVSharing.cla(5, 4),
+    "KeepEnds": KVSharing.keep_ends(4),
+    "DenseFront": KVSharing.dense_front(4),
+    "DenseBack": KVSharing.dense_back(5),
+    "MLKV": KVSharing.mlkv(5, 2),
+    "SharedUpperHalf": KVSharing.shared_upper_half(5),
+}
+
+
+@functools.cache
+def jitted(way, all_logits):
+    return jax.jit(
+        functools.partial(way, all_logits=all_logits),
+        donate_argnums=2,
+        compiler_options=reference.QUICK_COMPILE,
+    )
+
+
+@functools.partial(jax.jit, compiler_options=reference.QUICK_COMPILE)
+def forward(decoder: Decoder, tokens: Any) -> jax.Array:
+    return decoder(tokens)
+
+
+def made(
+    config: ModelConfig, way: str, dtype: ComputeDtype = "float32", seed=0, spread=1.5
+) -> Decoder:
+    """A decoder of the same parameters however it is run."""
+    execution = ExecutionConfig(compute_dtype=dtype, scan=way != "unrolled")
+    decoder = reference.decoder(config, execution, seed, spread)
+    return decoder.unstacked() if way == "unstacked" else decoder
+
+
+def truth_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """`[B, T, V]` of the naive reference."""
+    with reference.double():
+        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), reference.extract(decoder))
+        return np.asarray(reference.logits(decoder.config, params, tokens))
+
+
+class Run:
+    """Feeds rows of tokens to a cache and keeps the logits that come back, by row and position."""
+
+    def __init__(
+        self, decoder: Decoder, tokens: np.ndarray, cache_dtype="float32", *, stacked=False
+    ) -> None:
+        self.decoder, self.tokens = decoder, tokens
+        batch, vocab = tokens.shape[0], decoder.config.vocab_size
+        self.cache = KVCache.create(
+            decoder.config, batch, tokens.shape[1], cache_dtype, stacked=stacked
+        )
+        self.fed = np.zeros(batch, int)
+        self.logits = np.full((*tokens.shape, vocab), np.nan)
+        self.known = np.zeros(tokens.shape, bool)
+
+    def __call__(self, way, widths, chunk: int, all_logits: bool, first_row: int | None = None):
+        """The next `widths` tokens of each row, padded to `chunk` with tokens of no row's."""
+        widths = np.asarray(widths)
+        rows = (first_row or 0) + np.arange(len(widths))
+        if way is prefill:
+            self.fed[rows], self.known[rows] = 0, False
+        padded = np.full((len(widths), chunk), self.decoder.config.vocab_size - 1, np.int32)
+        for i, row in enumerate(rows):
+            padded[i, : widths[i]] = self.tokens[row, self.fed[row] :][: widths[i]]
+        where = {} if first_row is None else {"first_row": jnp.int32(first_row)}
+        logits, self.cache = jitted(way, all_logits)(
+            self.decoder, padded, self.cache, jnp.asarray(widths, jnp.int32), **where
+        )
+        assert logits.dtype == jnp.float32
+        logits = np.asarray(logits)
+        for i, row in enumerate(rows):
+            for t in range(widths[i]) if all_logits else range(widths[i] - 1, widths[i]):
+                if t >= 0:
+                    at = self.fed[row] + t
+                    self.logits[row, at] = logits[i, t] if all_logits else logits[i]
+                    self.known[row, at] = True
+            self.fed[row] += widths[i]
+        np.testing.assert_array_equal(self.cache.lengths, self.fed)
+        return self
+
+    def token_by_token(self, widths) -> "Run":
+        """Until each row has `widths` tokens; a row that has all it needs is left alone."""
+        while (self.fed < widths).any():
+            self(extend, (self.fed < widths).astype(int), 1, all_logits=False)
+        return self
+
+    def chunks(self, widths, chunk: int, all_logits: bool) -> "Run":
+        """As `token_by_token`, with more at a time, and different widths of the rows."""
+        for turn in itertools.count():
+            left = widths - self.fed
+            if not left.any():
+                return self
+            most = (chunk, 1, chunk - 1, 0)
+            some = np.array([most[(turn + row) % 4] for row in range(len(left))])
+            self(extend, np.minimum(left, some), chunk, all_logits)
+        raise AssertionError
+
+    def error(self, expected: np.ndarray) -> float:
+        """Of the logits that came back."""
+        assert self.known.any()
+        found, wanted = self.logits[self.known], expected[self.known]
+        assert np.isfinite(found).all()
+        return float(np.abs(found - wanted).max() / np.abs(expected).max())
+
+
+def relative(found: jax.Array, expected: np.ndarray) -> float:
+    assert found.dtype == jnp.float32
+    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+
+
+def errors(
+    config: ModelConfig, turn: int, dtype: ComputeDtype = "float32", *, spread=1.5, thorough=False
+) -> dict[str, float]:
+    """The error of every way of using a cache, or if not `thorough` of those whose turn it is."""
+    make = functools.cache(lambda way: made(config, way, dtype, turn, spread))
+    tokens = reference.tokens_for(config, len(WIDTHS), LENGTH, seed=turn)
+    truth = truth_of(make("scanned"), tokens)
+    found = {}
+    for i, way in enumerate(("scanned", "unrolled", "unstacked")):
+        if turn % 3 == i:
+            found[way] = relative(forward(make(way), tokens), truth)
+
+    def run(at: int) -> Run:
+        # A cache of either layout, under a decoder of either kind.
+        decoder = make("unstacked" if (at + turn) % 3 == 2 else "scanned")
+        return Run(decoder, tokens, dtype, stacked=(at + turn) % 2 == 0)
+
+    def begun() -> Run:
+        return run(0)(prefill, np.minimum(WIDTHS, [3, 4, 1]), LENGTH, all_logits=False)
+
+    if thorough or turn % 2:
+        found["fast prefill, tokens"] = begun().token_by_token(WIDTHS).error(truth)
+    if turn % 2 == 0:
+        short = begun().chunks(WIDTHS, SHORT, all_logits=False)
+        found["fast prefill, short chunks"] = short.error(truth)
+    if thorough:
+        whole = run(0)(prefill, WIDTHS, LENGTH, all_logits=False)
+        found["fast prefill of whole rows"] = whole.error(truth)
+        long = run(2)(prefill, [LONG, 1, 7], LONG, all_logits=True)
+        long.chunks(WIDTHS, LONG, all_logits=turn % 4 < 2)
+        found["all of a prefill, long chunks"] = long.error(truth)
+    return found
+
+
+def check(config: ModelConfig, turn: int, *, thorough=False) -> None:
+    found = errors(config, turn, thorough=thorough)
+    assert max(found.values()) < FLOAT32, found
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("pattern", "architecture", "heads"), QUICK)
+def test_every_way_gives_the_references_logits(pattern, architecture, heads):
+    turn = list(PATTERNS).index(pattern)
+    check(config_of(PATTERNS[pattern], HEADS[heads], architecture), turn)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize(("pattern", "architecture", "heads"), ALL)
+def test_every_way_of_every_combination(pattern, architecture, heads):
+    turn = ALL.index((pattern, architecture, heads))
+    check(config_of(PATTERNS[pattern], HEADS[heads], architecture), turn, thorough=True)
+
+
+@pytest.mark.parity
+@settings(max_examples=2)
+@given(owner_maps(5), st.sampled_from(["llama", "neox"]))
+def test_random_owner_maps(owners, architecture):
+    check(config_of(KVSharing(owners), 2, architecture), sum(owners))
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@settings(max_examples=6)
+@given(owner_maps(9), st.sampled_from(["llama", "neox"]), st.sampled_from([1, 2, 4]))
+def test_many_random_owner_maps(owners, architecture, kv_heads):
+    check(config_of(KVSharing(owners), kv_heads, architecture), sum(owners), thorough=True)
+
+
+# --- any chunking, any rows -----------------------------------------------------------------------
+
+# Readers that are not their owners' neighbours, and an owner that nobody reads.
+OWNERS = KVSharing((0, 1, 0, 3, 1))
+
+
+@functools.cache
+def some_model() -> tuple[Decoder, np.ndarray, np.ndarray]:
+    """A decoder, four rows of tokens, and their logits by the reference."""
+    config = config_of(OWNERS, 2)
+    decoder = reference.decoder(config)
+    tokens = reference.tokens_for(config, 4, LENGTH)
+    return decoder.unstacked(), tokens, truth_of(decoder, tokens)
+
+
+@st.composite
+def cuts(draw):
+    """Chunks' lengths and the widths of each row in each; rows may have none, or nothing at all."""
+    chunks = draw(st.lists(st.sampled_from([1, SHORT, LONG]), min_size=1, max_size=6))
+    fed, plan = np.zeros(4, int), []
+    for chunk in chunks:
+        widths = [draw(st.integers(0, min(chunk, LENGTH - int(n)))) for n in fed]
+        plan.append((chunk, widths))
+        fed += widths
+    return plan
+
+
+@pytest.mark.parity
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, LONG), min_size=4, max_size=4), st.booleans(), cuts())
+def test_any_chunking_gives_the_references_logits(begun, begin, plan):
+    decoder, tokens, truth = some_model()
+    run = Run(decoder, tokens)
+    if begin:
+        run(prefill, begun, LONG, all_logits=False)
+    for chunk, widths in plan:
+        run(extend, np.minimum(widths, LENGTH - run.fed), chunk, all_logits=chunk > 1)
+    if run.known.any():
+        assert run.error(truth) < FLOAT32
+
+
+@pytest.mark.parity
+def test_rows_in_groups_leave_the_others_alone():
+    decoder, tokens, truth = some_model()
+    run = Run(decoder, tokens)
+
+    def group(way, widths, chunk, first_row):
+        before = jax.tree.map(np.asarray, run.cache)
+        run(way, widths, chunk, all_logits=False, first_row=first_row)
+        others = [row for row in range(4) if row not in (first_row, first_row + 1)]
+        for old, new in zip((*before.k, *before.v), (*run.cache.k, *run.cache.v), strict=True):
+            np.testing.assert_array_equal(np.asarray(new)[:, others], old[:, others])
+
+    group(prefill, [7, 3], LONG, 2)
+    group(prefill, [1, 10], LONG, 0)
+    group(extend, [4, 0], SHORT, 0)
+    group(extend, [1, 4], SHORT, 1)
+    group(extend, [1, 6], LONG, 2)
+    group(prefill, [5, 2], LONG, 1)  # what they held is forgotten
+    run.token_by_token(np.full(4, LENGTH))
+    assert run.error(truth) < FLOAT32
+
+
+def test_a_prefill_forgets_what_the_rows_held():
+    decoder, tokens, truth = some_model()
+    run = Run(decoder, tokens)(prefill, [10, 10, 10, 10], LONG, all_logits=False)
+    run(prefill, [2, 3, 1, 10], LONG, all_logits=False).token_by_token(np.full(4, LENGTH))
+    assert run.error(truth) < FLOAT32
+
+
+def test_a_full_row_stays_as_it_is():
+    decoder, tokens, truth = some_model()
+    run = Run(decoder, tokens)(prefill, [10, 3, 10, 5], LONG, all_logits=False)
+    run.token_by_token(np.array([LENGTH, 3, LENGTH, 5]))
+    before = jax.tree.map(np.asarray, run.cache)
+    one = np.stack([tokens[row, n % LENGTH] for row, n in enumerate(run.fed)])[:, None]
+    logits, cache = jitted(extend, False)(decoder, one, run.cache, jnp.ones(4, jnp.int32))
+    np.testing.assert_array_equal(cache.lengths, [LENGTH, 4, LENGTH, 6])
+    for old, new in zip((*before.k, *before.v), (*cache.k, *cache.v), strict=True):
+        np.testing.assert_array_equal(np.asarray(new)[:, ::2], old[:, ::2])
+    found, expected = np.asarray(logits)[[1, 3]], truth[[1, 3], [3, 5]]
+    np.testing.assert_allclose(found, expected, atol=FLOAT32 * np.abs(truth).max(), rtol=0)
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("pattern", "architecture", "heads"),
+    [pytest.param(*case, marks=() if case[0] == "CLA2" else pytest.mark.slow) for case in QUICK],
+)
+def test_every_way_in_bfloat16(pattern, architecture, heads):
+    turn = list(PATTERNS).index(pattern)
+    config = config_of(PATTERNS[pattern], HEADS[heads], architecture)
+    found = errors(config, turn, "bfloat16", spread=SPREAD)
+    assert max(found.values()) < BFLOAT16, found
+
+
+@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_prompt_is_read_as_it_will_be_cached(stacked):
+    """A cache of fewer bits than the activations: prefill must see the rounded K/V too."""
+    decoder, tokens, truth = some_model()
+
+    def run():
+        return Run(decoder, tokens, "bfloat16", stacked=stacked)
+
+    widths = np.full(4, LENGTH)
+    whole = run()(prefill, widths, LENGTH, all_logits=True)
+    assert ROUNDED < whole.error(truth) < BFLOAT16
+    fast = run()(prefill, widths - 5, LENGTH, all_logits=False).token_by_token(widths)
+    assert fast.error(whole.logits) < ROUNDED
+    if stacked:
+        for chunk in (SHORT, LONG):
+            cut = run().chunks(widths, chunk, all_logits=True)
+            assert cut.error(whole.logits) < ROUNDED
+
+
+# --- fast prefill ---------------------------------------------------------------------------------
+
+
+def products(jaxpr):
+    """The operands' shapes of every matrix product, in order, those of inner functions too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield tuple(operand.aval.shape for operand in equation.invars)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+def positions_run(way, sharing: KVSharing, *, all_logits=False) -> dict[str, list[int]]:
+    """On how many positions of a row each layer's projections and the head are run."""
+    config = config_of(sharing, 2)
+    decoder = nnx.eval_shape(
+        lambda: UnstackedDecoder(
+            Decoder(config, ExecutionConfig(compute_dtype="float32"), rngs=nnx.Rngs(0))
+        )
+    )
+    cache = jax.eval_shape(lambda: KVCache.create(config, 3, LENGTH, "float32"))
+    jaxpr = jax.make_jaxpr(functools.partial(way, all_logits=all_logits))(
+        decoder, jax.ShapeDtypeStruct((3, LENGTH), jnp.int32), cache
+    )
+    weights = {
+        "query": decoder.layer(0).attention.query.kernel.shape,
+        "keys and values": (config.d_model, 2, config.kv_heads, config.head_dim),
+        "out": decoder.layer(0).attention.out.kernel.shape,
+        "down": decoder.layer(0).ffn.down.kernel.shape,
+        "head": (config.d_model, config.vocab_size),
+    }
+    seen = list(products(jaxpr.jaxpr))
+    return {
+        name: [
+            next(shape for shape in pair if shape != weight)[1] for pair in seen if weight in pair
+        ]
+        for name, weight in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("way", "sharing", "whole_layers"),
+    [
+        (prefill, KVSharing.cla(20, 2), 18),
+        (prefill, KVSharing.shared_upper_half(20), 10),
+        (prefill, KVSharing.keep_ends(4), 3),
+        (extend, OWNERS, 3),
+    ],
+    ids=["CLA2", "SharedUpperHalf", "KeepEnds", "a chunk"],
+)
+def test_from_the_last_owners_query_on_one_position_a_row_is_run(way, sharing, whole_layers):
+    layers = sharing.num_layers
+    ones = [1] * (layers - whole_layers)
+    found = positions_run(way, sharing)
+    for name in ("query", "out", "down"):
+        assert found[name] == [LENGTH] * whole_layers + ones, name
+    assert found["keys and values"] == [LENGTH] * sharing.kv_layers
+    assert found["head"] == [1]
+
+    found = positions_run(way, sharing, all_logits=True)
+    for name in ("query", "out", "down"):
+        assert found[name] == [LENGTH] * layers, name
+    assert found["head"] == [LENGTH]
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [prefill, extend])
+def test_refusals(way):
+    decoder, tokens, _ = some_model()
+
+    def call(tokens, cache=None):
+        cache = KVCache.create(decoder.config, 3, 8) if cache is None else cache
+        return way(decoder, jnp.asarray(tokens), cache)
+
+    with pytest.raises(ValueError, match="4 rows of tokens: the cache has 3"):
+        call(tokens[:, :2])
+    with pytest.raises(ValueError, match=r"0 rows of tokens: .*expected 1 or more"):
+        call(tokens[:0, :2])
+    with pytest.raises(ValueError, match="12 tokens a row: the cache has room for 8"):
+        call(tokens[:3])
+    with pytest.raises(ValueError, match=r"0 tokens a row: .*expected 1 or more"):
+        call(tokens[:3, :0])
+    other = KVCache.create(config_of(KVSharing.none(5), 2), 3, 8)
+    with pytest.raises(ValueError, match="cache of another model than test: KV layers 5 there"):
+        call(tokens[:3, :2], other)
+
+
+@pytest.mark.parametrize("way", [prefill, extend])
+@pytest.mark.parametrize("first_row", [3, -1])
+def test_rows_that_the_cache_does_not_have_are_refused(way, first_row):
+    decoder, tokens, _ = some_model()
+    cache = KVCache.create(decoder.config, 4, LENGTH)
+    with pytest.raises(ValueError, match="row"):
+        jax.eval_shape(functools.partial(way, first_row=first_row), decoder, tokens[:2, :2], cache)
