@@ -275,7 +275,7 @@ def test_draws_by_seed(model):
     [
         ([], {}, "no prompts: give at least one"),
         ("", {}, "the prompt is empty"),
-        (["a", ""], {"max_new_tokens": 4}, "prompt 1 is empty"),
+        (["a", ""], {"max_new_tokens": 4}, "prompt 2 of 2 is empty"),
         ("a", {"top_p": 1.5}, "top_p=1.5"),
         ("a", {"stop": ("",)}, "empty string"),
     ],
@@ -287,5 +287,5 @@ def test_refuses_to_continue(model, prompts, options, message):
 
 def test_checks_prompts_before_any_is_continued(model):
     model.check(["a", "b" * 60], 4)
-    with pytest.raises(ValueError, match=r"prompt 1: 60 tokens and 5 new ones exceed"):
+    with pytest.raises(ValueError, match=r"prompt 2 of 2: 60 tokens and 5 new ones exceed"):
         model.check(["a", "b" * 60], 5)

@@ -178,7 +178,7 @@ class KVCache:
 
         return KVCache(put(self.k, kv.k), put(self.v, kv.v), self.lengths)
 
-    def rows(self, slot: int, first_row: int | Int[Array, ""], count: int) -> KV:
+    def rows(self, slot: int | Int[Array, ""], first_row: int | Int[Array, ""], count: int) -> KV:
         """K/V `[count, S, K, H]` of some rows of one KV layer: a copy."""
         at, layer = self.stack(slot)
 

@@ -53,7 +53,7 @@ def prefill(
     Raises:
         ValueError: a cache of another model, more rows or tokens than it has room for.
     """
-    widths = _check(decoder, tokens, cache, widths)
+    widths = _check(decoder, tokens, cache, widths, first_row)
     rows = first_row + jnp.arange(tokens.shape[0], dtype=jnp.int32)
     begun = dataclasses.replace(cache, lengths=cache.lengths.at[rows].set(0))
     return _forward(decoder, tokens, begun, widths, first_row, all_logits, begins=True)
@@ -74,12 +74,16 @@ def extend(
     the row as it is, and its logits then mean nothing. Tokens for which a row has no room are
     dropped: their logits mean nothing either.
     """
-    widths = _check(decoder, tokens, cache, widths)
+    widths = _check(decoder, tokens, cache, widths, first_row)
     return _forward(decoder, tokens, cache, widths, first_row, all_logits, begins=False)
 
 
 def _check(
-    decoder: Decoder, tokens: jax.Array, cache: KVCache, widths: jax.Array | None
+    decoder: Decoder,
+    tokens: jax.Array,
+    cache: KVCache,
+    widths: jax.Array | None,
+    first_row: Row,
 ) -> jax.Array:
     cache.check(decoder.config)
     rows, length = tokens.shape
@@ -89,7 +93,19 @@ def _check(
         raise ValueError(
             f"{length} tokens a row: the cache has room for {cache.length}, expected 1 or more"
         )
-    return jnp.full((rows,), length, jnp.int32) if widths is None else widths
+    # A traced row is the caller's to get right: there is no value to look at.
+    if isinstance(first_row, int) and not 0 <= first_row <= cache.batch - rows:
+        raise ValueError(
+            f"first_row={first_row}: {rows} rows of tokens begin at row 0 to {cache.batch - rows} "
+            f"of a cache of {cache.batch}"
+        )
+    if widths is None:
+        return jnp.full((rows,), length, jnp.int32)
+    if widths.shape != (rows,) or not jnp.issubdtype(widths.dtype, jnp.integer):
+        raise ValueError(
+            f"widths are {widths.dtype} {widths.shape}: expected an integer for each of {rows} rows"
+        )
+    return jnp.asarray(widths, jnp.int32)
 
 
 def _forward(

@@ -34,7 +34,8 @@ class GenerateConfig:
         sampling: how a token is chosen.
         stop_tokens: ids that end their row; they are not returned.
         stop_strings: texts that end their row; the text ends before them.
-        cache_dtype: of the K/V cache: `bfloat16`, `float16`, `float32`.
+        cache_dtype: of the K/V cache: `bfloat16`, `float16`, `float32`; None is the decoder's
+            compute dtype.
         prefill_tokens: tokens, padding included, that one prefill call takes: a larger one
             prefills faster and needs more memory.
         block: decoding steps on the device between two looks by the host, which streams what there
@@ -48,13 +49,14 @@ class GenerateConfig:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
-    cache_dtype: str = "bfloat16"
+    cache_dtype: str | None = None
     prefill_tokens: int = 8192
     block: int = 16
 
     def __post_init__(self) -> None:
         check_stop_strings(self.stop_strings)
-        check_dtype(self.cache_dtype)
+        if self.cache_dtype is not None:
+            check_dtype(self.cache_dtype)
         for field, least in (("max_new_tokens", 0), ("prefill_tokens", 1), ("block", 1)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least {least}")
@@ -196,20 +198,20 @@ def _decoded(
     """New tokens of the rows, block by block, until every row is finished."""
     decoder = decoder.unstacked()
     length = _cache_length(decoder.config, prompts, config)
+    cache_dtype = config.cache_dtype or decoder.execution.compute_dtype
     check_fits(
         decoder.config,
         len(prompts),
         length,
-        cache_dtype=config.cache_dtype,
+        cache_dtype=cache_dtype,
         prefill_tokens=config.prefill_tokens,
         memory_bytes=_free_memory(decoder),
         compute_dtype=decoder.execution.compute_dtype,
+        sampling=config.sampling.temperature > 0,
     )
     # Rows of like lengths are prefilled together. `order[i]` is the prompt in row i of the cache.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    create = functools.partial(
-        KVCache.create, decoder.config, len(order), length, config.cache_dtype
-    )
+    create = functools.partial(KVCache.create, decoder.config, len(order), length, cache_dtype)
     cache = jax.jit(create)()
     keys = row_keys(config.sampling.seed, [first_row + i for i in order])
     sampling = config.sampling.arrays()

@@ -150,7 +150,7 @@ def workspace_bytes(
 
     # Logits are float32; sampling also holds them scaled, sorted and summed up.
     logits = batch * V * 4
-    step_logits = logits * (6 if settings.sampling else 2)
+    step_logits = logits * (6 if settings.sampling else 1)
     # Scores are float32, and so are their exponentials.
     scores_per_query = 2 * N * context * 4
     mask_per_query = context * (1 + compute)
@@ -167,14 +167,16 @@ def workspace_bytes(
     statistics = (D + 2 * H) * 4  # a norm in float32, and the angles
     per_token = residual + heads + projected_kv + feed_forward + statistics
 
-    decode = relaid + step_logits + batch * per_token
+    decode = relaid + max(step_logits, batch * per_token)  # one behind the other
     if not fused_decode:
         decode += batch * (scores_per_query + layer_kv)
     rows = min(batch, -(-settings.prefill_tokens // context))  # of one call
     prefill = logits + rows * layer_kv
     prefill += prefilled * (per_token + (mask_per_query if fused else scores_per_query))
     bookkeeping = 64 * batch  # lengths, random keys, last tokens
-    return max(decode, prefill) + bookkeeping + _LIBRARY_BYTES
+    # An allocator cannot fill memory to the brim.
+    held = weight_bytes(config, settings) + cache_bytes(config, batch, context, settings)
+    return max(decode, prefill) + bookkeeping + held // 100 + _LIBRARY_BYTES
 
 
 def total_bytes(
@@ -296,6 +298,7 @@ def check_fits(
     prefill_tokens: int = 8192,
     memory_bytes: int | None,
     compute_dtype: str = "bfloat16",
+    sampling: bool = True,
 ) -> None:
     """Refuses a batch that will not fit, before anything is allocated.
 
@@ -308,12 +311,13 @@ def check_fits(
         memory_bytes: what weights, cache and workspace may take together; None where the device
             does not say: nothing is refused then.
         compute_dtype: of weights and activations.
+        sampling: tokens are drawn.
 
     Raises:
         ValueError: it does not fit; names what it needs and has, the largest batch, the longest
             context, and what else makes it smaller. Also an argument out of range.
     """
-    settings = MemorySettings(cache_dtype, compute_dtype, prefill_tokens)
+    settings = MemorySettings(cache_dtype, compute_dtype, prefill_tokens, sampling)
     if memory_bytes is None:
         _check_positive(batch=batch, length=length)
         return
@@ -323,8 +327,8 @@ def check_fits(
     if plan.weights >= memory_bytes:
         raise ValueError(weights_do_not_fit(plan))
     knobs = ["a smaller batch", "a shorter context"]
-    if settings.cache_element > 2:
-        knobs.append("cache_dtype bfloat16 (half the cache)")
+    half = settings.cache_element > 2
+    knobs.append(f"cache dtype bfloat16 ({'half the cache' if half else 'as it is'})")
     if plan.workspace > workspace_bytes(config, batch, length, dataclasses.replace(
         settings, prefill_tokens=1
     )):  # fmt: skip

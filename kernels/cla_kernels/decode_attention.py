@@ -73,7 +73,9 @@ def decode_attention(
         return _FUNCTIONS[implementation](q, k, v, lengths, layer, scale_)
 
 
-def choose_implementation(q: jax.Array, k: jax.Array) -> tuple[Implementation, str]:
+def choose_implementation(
+    q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct
+) -> tuple[Implementation, str]:
     """The fastest implementation for these inputs on the default device, and why in one line.
 
     Args:
