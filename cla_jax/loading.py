@@ -63,14 +63,14 @@ class TextModel:
     def generate(
         self, prompts: str, *, max_new_tokens: int = ..., temperature: float = ...,
         top_k: int = ..., top_p: float = ..., seed: int = ..., stop: Sequence[str] = ...,
-        cache_dtype: ComputeDtype = ..., on_text: OnText | None = ..., first_row: int = ...,
+        cache_dtype: ComputeDtype | None = ..., on_text: OnText | None = ..., first_row: int = ...,
     ) -> TextContinuation: ...  # fmt: skip
     @overload
     def generate(
         self, prompts: list[str] | tuple[str, ...], *, max_new_tokens: int = ...,
         temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
-        stop: Sequence[str] = ..., cache_dtype: ComputeDtype = ..., on_text: OnText | None = ...,
-        first_row: int = ...,
+        stop: Sequence[str] = ..., cache_dtype: ComputeDtype | None = ...,
+        on_text: OnText | None = ..., first_row: int = ...,
     ) -> list[TextContinuation]: ...  # fmt: skip
     def generate(
         self,
@@ -82,7 +82,7 @@ class TextModel:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
-        cache_dtype: ComputeDtype = "bfloat16",
+        cache_dtype: ComputeDtype | None = None,
         on_text: OnText | None = None,
         first_row: int = 0,
     ) -> TextContinuation | list[TextContinuation]:
@@ -98,7 +98,7 @@ class TextModel:
             top_p: share of the probability that may be drawn from; 1 is all.
             seed: of the random streams.
             stop: strings that end a text; they are no part of it.
-            cache_dtype: of the K/V cache.
+            cache_dtype: of the K/V cache; by default the decoder's compute dtype.
             on_text: told each prompt's index and its text, piece by piece as it is written.
             first_row: number of the first prompt, where a long list is continued batch by batch:
                 a prompt's random stream is that of the seed and its number.

@@ -51,8 +51,8 @@ class Generate:
     here; it must not exist yet. Default: print prompts and texts."""
     batch: int = 8
     """Prompts at a time."""
-    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the K/V cache."""
+    cache_dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the K/V cache. Default: that of the activations."""
     tokenizer: str | None = None
     """For a run that does not hold its own: as for prepare-data."""
 

@@ -39,6 +39,10 @@ class Throughput:
     tokens_per_second: float
     of_ceiling: float
 
+    def is_of(self, model: str, factor: int, context: int) -> bool:
+        """Whether it measured that point."""
+        return (self.model, self.factor, self.context) == (model, factor, context)
+
 
 COLUMNS = (
     Column[Throughput]("factor", "sharing factor", lambda r: r.factor, "d"),

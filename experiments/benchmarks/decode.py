@@ -13,6 +13,7 @@ whole forward pass. Results of record: docs/results.md.
 
 import csv
 import dataclasses
+import gc
 import statistics
 import sys
 import time
@@ -147,6 +148,7 @@ def main(options: Benchmark) -> None:
                     show(row_of(decode_costs(decoder, size, context), ceiling))
                 except jax.errors.JaxRuntimeError as error:
                     print(f"{name}, batch {size}, context {context}: {str(error)[:200]}")
+                    gc.collect()  # the error's frames hold arrays
         del decoder
         if options.stacked:
             show(stacked_row(config, ceiling))
