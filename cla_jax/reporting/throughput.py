@@ -90,7 +90,7 @@ def throughput(rows: Sequence[Throughput], *, subtitle: str = "") -> Figure:
                     f"{row.batch:,}", (row.factor, row.tokens_per_second), (0, 4),
                     textcoords="offset points", ha="center", fontsize=5.5, color=color,
                 )  # fmt: skip
-            ends.append((x[-1], y[-1]))
+            ends.append((float(x[-1]), y[-1]))
         rates = [row.tokens_per_second for row in rows]
         axes.set_xlim(0.85 * factors[0], 1.15 * factors[-1])
         axes.set_ylim(0.75 * min(rates), 1.5 * max(rates))
