@@ -55,6 +55,9 @@ class KVSharing:
     owners: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        for layer, owner in enumerate(self.owners):
+            if isinstance(owner, bool) or not hasattr(owner, "__index__"):
+                raise ValueError(f"layer {layer} has owner {owner!r}: expected a layer's number")
         object.__setattr__(self, "owners", tuple(int(o) for o in self.owners))
         if not self.owners:
             raise ValueError("owners is empty: a sharing map needs at least one layer")

@@ -82,6 +82,7 @@ def main(options: Quickstart) -> None:
         prompt = "class Reader:\n    def __init__(self, "
     elif prompt is None:
         prompt = tokenizer.decode(streams.validation.tokens[:PROMPT_BYTES])
+    continuing = GenerateConfig(options.new_tokens, stop_tokens=(tokenizer.end_of_text,))
     ids = check_prompts(model(SHARED), [tokenizer.encode(prompt)], options.new_tokens)
     directory = options.out / f"{info.fingerprint[:12]}-{options.steps}-steps-seed-{options.seed}"
     trained = {
@@ -112,7 +113,7 @@ def main(options: Quickstart) -> None:
     generate(
         shared.model(shared.params),
         ids,
-        GenerateConfig(options.new_tokens, stop_tokens=(tokenizer.end_of_text,)),
+        continuing,
         decode=tokenizer.decode,
         on_text=lambda _, text: console.print(text, end=""),
     )

@@ -381,8 +381,10 @@ def test_refusals_name_the_value_and_the_nearest_choice(make, words):
 
 
 def test_a_fractional_owner_is_refused_not_truncated():
-    with pytest.raises((ValueError, TypeError)):
-        KVSharing((0, 0.9))  # type: ignore[arg-type]
+    # In the tests beartype looks at one element of a tuple, drawn at random, and may be first.
+    for _ in range(20):
+        with pytest.raises((ValueError, TypeError)):
+            KVSharing((0, 0.9))  # type: ignore[arg-type]
 
 
 def test_sharing_imports_without_jax():

@@ -16,7 +16,7 @@ TEXT = "the cat [sat] on the mat of a [bold]list[int]; x[:1].\n"
 
 
 def start(experiment: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, str(ROOT / f"experiments/cla/{experiment}.py"), *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -29,7 +29,7 @@ def quickstart():
 
 
 def run_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
@@ -108,10 +108,10 @@ def test_bad_text_is_one_line(tmp_path, content, parts):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "x" * 250}, "250 prompt tokens and 160 new"),
+        ({"prompt": "x" * 250}, "250 tokens and 160 new"),
         ({"prompt": ""}, "prompt is empty"),
         ({"new_tokens": 300}, "300 new"),
-        ({"new_tokens": -1}, "new_tokens=-1"),
+        ({"new_tokens": -1}, "max_new_tokens=-1"),
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
     ],

@@ -40,7 +40,7 @@ def test_a_line_for_each_pattern_with_its_largest_batch(tmp_path):
 
 @pytest.mark.parametrize(
     ("memory", "context"),
-    [(4 * GB, 1), (40 * GB, 300_000), (2_400_000_000, 128), (10**15, 10**6)],
+    [(4 * GB, 1), (40 * GB, 300_000), (2_900_000_000, 128), (10**15, 10**6)],
 )
 def test_little_and_much_memory(tmp_path, memory, context):
     figure = capacity(plans("1B/H128-MQA", memory, context))
