@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import jax
+import numpy as np
 
 from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig
 from cla_jax.data.prepared import read_tokenizer
@@ -63,14 +64,15 @@ class TextModel:
     def generate(
         self, prompts: str, *, max_new_tokens: int = ..., temperature: float = ...,
         top_k: int = ..., top_p: float = ..., seed: int = ..., stop: Sequence[str] = ...,
-        cache_dtype: ComputeDtype | None = ..., on_text: OnText | None = ..., first_row: int = ...,
+        cache_dtype: ComputeDtype | None = ..., on_text: OnText | None = ...,
+        first_row: int = ..., room: int = ...,
     ) -> TextContinuation: ...  # fmt: skip
     @overload
     def generate(
         self, prompts: list[str] | tuple[str, ...], *, max_new_tokens: int = ...,
         temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
         stop: Sequence[str] = ..., cache_dtype: ComputeDtype | None = ...,
-        on_text: OnText | None = ..., first_row: int = ...,
+        on_text: OnText | None = ..., first_row: int = ..., room: int = ...,
     ) -> list[TextContinuation]: ...  # fmt: skip
     def generate(
         self,
@@ -85,6 +87,7 @@ class TextModel:
         cache_dtype: ComputeDtype | None = None,
         on_text: OnText | None = None,
         first_row: int = 0,
+        room: int = 0,
     ) -> TextContinuation | list[TextContinuation]:
         """Continue a prompt, or several as one batch.
 
@@ -102,6 +105,8 @@ class TextModel:
             on_text: told each prompt's index and its text, piece by piece as it is written.
             first_row: number of the first prompt, where a long list is continued batch by batch:
                 a prompt's random stream is that of the seed and its number.
+            room: tokens of a row to make room for at least (what `check` returns), so that batch
+                after batch compiles once.
 
         Returns:
             A continuation for a string, a list of them for several.
@@ -115,11 +120,12 @@ class TextModel:
             stop_tokens=(self.tokenizer.end_of_text,),
             stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
             cache_dtype=cache_dtype,
+            room=room,
         )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         found = generate(
             self._unstacked,
-            self.tokenizer.encode_batch(texts),
+            self._encode(texts),
             config,
             decode=self.tokenizer.decode,
             on_text=on_text,
@@ -131,13 +137,24 @@ class TextModel:
         ]
         return continuations[0] if isinstance(prompts, str) else continuations
 
-    def check(self, prompts: list[str] | tuple[str, ...], max_new_tokens: int) -> None:
+    def check(self, prompts: list[str] | tuple[str, ...], max_new_tokens: int) -> int:
         """Whether `generate` will take these prompts, before long work on the first of them.
+
+        Returns:
+            Tokens of the longest row, new ones and all: a `room` in which every batch of the
+            prompts is of one shape.
 
         Raises:
             ValueError: there is none; one is empty or, with `max_new_tokens`, too long.
         """
-        check_prompts(self.config, self.tokenizer.encode_batch(prompts), max_new_tokens)
+        ids = check_prompts(self.config, self._encode(prompts), max_new_tokens)
+        return max(map(len, ids)) + max_new_tokens
+
+    def _encode(self, prompts: list[str] | tuple[str, ...]) -> list[np.ndarray]:
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"a prompt is text, a str; this is {prompt!r}")
+        return self.tokenizer.encode_batch(prompts)
 
     @functools.cached_property
     def _unstacked(self) -> Decoder:

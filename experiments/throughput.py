@@ -109,6 +109,16 @@ def main(options: Options) -> int:
                 f"{costs.step_seconds * 1e3:.2f} ms, {costs.tokens_per_second:,.0f} tokens/s"
             )
         del decoder
+    rows = sorted(
+        (
+            row
+            for row in rows
+            if row.model == options.model
+            and row.factor in options.factors
+            and row.context in options.context
+        ),
+        key=lambda row: (row.context, row.factor),
+    )
     if not rows:
         raise ValueError("nothing was measured")
     console.print(terminal_table(rows, COLUMNS))
@@ -139,12 +149,14 @@ def measured_before(path: Path, device: str) -> list[Throughput]:
 def verify(config: ModelConfig, context: int, memory: int, console: Console) -> None:
     """The planner's largest batch against the device's memory."""
     most = largest_batch(config, context, memory, GREEDY)
+    if not most:
+        raise ValueError(f"--verify: not one row of {context:,} fits")
     decoder = random_decoder(config)
     fits, over = int(RUNS * most), int(FAILS * most) + 1
 
     def run(batch: int) -> None:
         cache = jax.jit(lambda: KVCache.create(config, batch, context))()
-        rows = max(8192 // context, 1)
+        rows = min(max(8192 // context, 1), batch)
         tokens = jnp.asarray(np.zeros((rows, min(context, 8192)), np.int32))
         logits, cache = jax.jit(prefill, donate_argnums=2)(decoder, tokens, cache)
         jax.block_until_ready(logits)

@@ -77,9 +77,9 @@ class Generate:
         elif len(prompts) > 1:
             self._in_batches(prompts, _show)
         else:
-            model = self._load(prompts)
+            model, _ = self._load(prompts)
             _print(prompts[0], dim=True)
-            self._generate(model, prompts, 0, on_text=lambda _, text: _print(text))
+            self._generate(model, prompts, on_text=lambda _, text: _print(text))
             _print("\n")
 
     def _prompts(self) -> list[str]:
@@ -99,24 +99,27 @@ class Generate:
         if "" in self.prompt:
             number = self.prompt.index("") + 1
             raise ValueError(f"--prompt: number {number} of {len(self.prompt)} is empty")
+        if any(map(_surrogates, self.prompt)):
+            raise ValueError("--prompt: not UTF-8")
         return list(self.prompt)
 
-    def _load(self, prompts: list[str]) -> "TextModel":
+    def _load(self, prompts: list[str]) -> tuple["TextModel", int]:
+        """The model, and the room that the longest prompt needs."""
         from cla_jax.loading import load
 
         model = load(self.directory, tokenizer=self.tokenizer)
-        model.check(prompts, self.max_new_tokens)
-        return model
+        return model, model.check(prompts, self.max_new_tokens)
 
     def _in_batches(
         self, prompts: list[str], write: Callable[[list["TextContinuation"]], None]
     ) -> None:
-        model = self._load(prompts)
+        model, room = self._load(prompts)
         for start in range(0, len(prompts), self.batch):
-            write(self._generate(model, prompts[start : start + self.batch], start))
+            batch = prompts[start : start + self.batch]
+            write(self._generate(model, batch, first_row=start, room=room))
 
     def _generate(
-        self, model: "TextModel", prompts: list[str], first: int, **more: Any
+        self, model: "TextModel", prompts: list[str], **more: Any
     ) -> list["TextContinuation"]:
         return model.generate(
             prompts,
@@ -127,7 +130,6 @@ class Generate:
             seed=self.seed,
             stop=self.stop,
             cache_dtype=self.cache_dtype,
-            first_row=first,
             **more,
         )
 
@@ -177,11 +179,18 @@ def _json_prompt(line: str, where: str) -> str:
     if not isinstance(record, dict) or "prompt" not in record:
         found = sorted(record) if isinstance(record, dict) else record
         raise ValueError(f'{where} has no prompt: expected {{"prompt": "..."}}, found {found!r}')
+    if isinstance(record["prompt"], str) and _surrogates(record["prompt"]):
+        raise ValueError(f"{where}: the prompt holds half a surrogate pair: it is no Unicode text")
     if not isinstance(record["prompt"], str) or not record["prompt"]:
         raise ValueError(
             f"{where}: prompt is {record['prompt']!r}, expected a text that is not empty"
         )
     return record["prompt"]
+
+
+def _surrogates(text: str) -> bool:
+    """What no UTF-8 can say."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _print(text: str, *, dim: bool = False) -> None:

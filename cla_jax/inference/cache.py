@@ -17,11 +17,13 @@ CACHE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def check_dtype(dtype: str) -> None:
-    """Whether a cache can be of that dtype.
+    """Whether a cache can be of that dtype, given by name.
 
     Raises:
         ValueError: it cannot; names the nearest that can.
     """
+    if not isinstance(dtype, str):
+        raise ValueError(f"cache_dtype={dtype!r}: expected a name, such as 'bfloat16'")
     if dtype not in CACHE_DTYPES:
         near = difflib.get_close_matches(dtype, CACHE_DTYPES, n=1, cutoff=0.0)[0]
         raise ValueError(

@@ -11,10 +11,13 @@ shared upper half nearly half of them.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from cla_kernels import decode_attention
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from cla_jax.inference.cache import KVCache
@@ -32,18 +35,19 @@ def prefill(
     decoder: Decoder,
     tokens: Int[Array, "b T"],
     cache: KVCache,
-    widths: Int[Array, "b"] | None = None,
+    widths: Int[Array, "b"] | np.ndarray | list[int] | None = None,
     *,
     first_row: Row = 0,
     all_logits: bool = False,
 ) -> tuple[Float[Array, "b V"] | Float[Array, "b T V"], KVCache]:
-    """Begin rows of a cache: whatever they held is forgotten.
+    """Begin rows of a cache: what they held before (finite numbers) is forgotten.
 
     Args:
         decoder: with its parameters; `Decoder.unstacked()` is faster.
         tokens: the beginnings of `b` rows, padded on the right with any ids.
         cache: with room for `T` tokens; donate it.
-        widths: how many of the `T` tokens are the row's, at least 1; default all.
+        widths: how many of the `T` tokens are the row's, 1 to `T` (traced ones are clipped to 0 to
+            `T`); default all.
         first_row: the first of the `b` consecutive rows of the cache.
         all_logits: of every position, `[b, T, V]`, rather than each row's last.
 
@@ -51,9 +55,10 @@ def prefill(
         Logits, float32, and the cache with these rows begun.
 
     Raises:
-        ValueError: a cache of another model, more rows or tokens than it has room for.
+        ValueError: a cache of another model, more rows or tokens than it has room for, widths
+            out of range.
     """
-    widths = _check(decoder, tokens, cache, widths, first_row)
+    first_row, widths = _check(decoder, tokens, cache, widths, first_row)
     rows = first_row + jnp.arange(tokens.shape[0], dtype=jnp.int32)
     begun = dataclasses.replace(cache, lengths=cache.lengths.at[rows].set(0))
     return _forward(decoder, tokens, begun, widths, first_row, all_logits, begins=True)
@@ -63,7 +68,7 @@ def extend(
     decoder: Decoder,
     tokens: Int[Array, "b T"],
     cache: KVCache,
-    widths: Int[Array, "b"] | None = None,
+    widths: Int[Array, "b"] | np.ndarray | list[int] | None = None,
     *,
     first_row: Row = 0,
     all_logits: bool = False,
@@ -74,17 +79,14 @@ def extend(
     the row as it is, and its logits then mean nothing. Tokens for which a row has no room are
     dropped: their logits mean nothing either.
     """
-    widths = _check(decoder, tokens, cache, widths, first_row)
+    first_row, widths = _check(decoder, tokens, cache, widths, first_row)
     return _forward(decoder, tokens, cache, widths, first_row, all_logits, begins=False)
 
 
 def _check(
-    decoder: Decoder,
-    tokens: jax.Array,
-    cache: KVCache,
-    widths: jax.Array | None,
-    first_row: Row,
-) -> jax.Array:
+    decoder: Decoder, tokens: jax.Array, cache: KVCache, widths: Any, first_row: Any
+) -> tuple[Row, jax.Array]:
+    """Row and widths as arrays or numbers that are in range; traced values cannot be looked at."""
     cache.check(decoder.config)
     rows, length = tokens.shape
     if not 0 < rows <= cache.batch:
@@ -93,19 +95,27 @@ def _check(
         raise ValueError(
             f"{length} tokens a row: the cache has room for {cache.length}, expected 1 or more"
         )
-    # A traced row is the caller's to get right: there is no value to look at.
-    if isinstance(first_row, int) and not 0 <= first_row <= cache.batch - rows:
-        raise ValueError(
-            f"first_row={first_row}: {rows} rows of tokens begin at row 0 to {cache.batch - rows} "
-            f"of a cache of {cache.batch}"
-        )
+    if not isinstance(first_row, Tracer):
+        first_row = int(first_row)
+        if not 0 <= first_row <= cache.batch - rows:
+            raise ValueError(
+                f"first_row={first_row}: {rows} rows of tokens begin at row 0 to "
+                f"{cache.batch - rows} of a cache of {cache.batch}"
+            )
     if widths is None:
-        return jnp.full((rows,), length, jnp.int32)
+        return first_row, jnp.full((rows,), length, jnp.int32)
+    if not isinstance(widths, Tracer):
+        given = np.asarray(widths)
+        if given.size and not (given.min() >= 0 and given.max() <= length):
+            raise ValueError(
+                f"widths {given.tolist()}: each must be 0 to the {length} tokens given"
+            )
+    widths = jnp.asarray(widths)
     if widths.shape != (rows,) or not jnp.issubdtype(widths.dtype, jnp.integer):
         raise ValueError(
             f"widths are {widths.dtype} {widths.shape}: expected an integer for each of {rows} rows"
         )
-    return jnp.asarray(widths, jnp.int32)
+    return first_row, jnp.clip(widths, 0, length).astype(jnp.int32)
 
 
 def _forward(
@@ -124,7 +134,8 @@ def _forward(
     steps = jnp.arange(length, dtype=jnp.int32)
     angles = rotary(starts[:, None] + steps[None, :], config.rotary, config.rope_theta)
     seen = starts + jnp.int32(length)  # keys that the last query of each row sees
-    x = decoder.embed(tokens)
+    # Padding may hold any id; one outside the vocabulary would be NaN, and 0 * NaN is NaN.
+    x = decoder.embed(jnp.where(steps[None, :] < widths[:, None], tokens, 0))
     fresh: dict[int, KV] = {}
 
     for index, slot in enumerate(sharing.cache_slots):

@@ -38,6 +38,8 @@ class GenerateConfig:
             compute dtype.
         prefill_tokens: tokens, padding included, that one prefill call takes: a larger one
             prefills faster and needs more memory.
+        room: tokens of a row, prompt and new ones, to make room for at least: with that of the
+            longest of many prompts, batch after batch is of one shape and compiles once.
         block: decoding steps on the device between two looks by the host, which streams what there
             is and finds stop strings.
 
@@ -52,14 +54,19 @@ class GenerateConfig:
     cache_dtype: str | None = None
     prefill_tokens: int = 8192
     block: int = 16
+    room: int = 0
 
     def __post_init__(self) -> None:
         check_stop_strings(self.stop_strings)
         if self.cache_dtype is not None:
             check_dtype(self.cache_dtype)
-        for field, least in (("max_new_tokens", 0), ("prefill_tokens", 1), ("block", 1)):
+        for field, least in (
+            ("max_new_tokens", 0), ("prefill_tokens", 1), ("block", 1), ("room", 0)
+        ):  # fmt: skip
             if getattr(self, field) < least:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least {least}")
+        if not all(isinstance(stop, int) and stop >= 0 for stop in self.stop_tokens):
+            raise ValueError(f"stop_tokens={self.stop_tokens!r}: expected token ids, 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +117,8 @@ def generate(
             and the context that do).
     """
     ids = check_prompts(decoder.config, prompts, config.max_new_tokens)
+    if not 0 <= first_row < 2**31:
+        raise ValueError(f"first_row={first_row} must be at least 0 and below 2**31")
     if decode is None and (config.stop_strings or on_text):
         what = "stop strings" if config.stop_strings else "on_text"
         raise ValueError(f"{what} need texts: give decode, as in decode=tokenizer.decode")
@@ -132,28 +141,40 @@ def check_prompts(
     """The prompts as int32 ids, if `generate` will take them: for callers with long work before.
 
     Raises:
-        ValueError: there is none; one is empty, has an id outside the vocabulary, or is, with
-            `max_new_tokens`, longer than the model's sequence length.
+        ValueError: there is none; one is empty, is no row of token ids, has an id outside the
+            vocabulary, or is, with `max_new_tokens`, longer than the model's sequence length.
     """
     if not len(prompts):
         raise ValueError("no prompts: give at least one")
-    checked = [np.asarray(prompt, np.int32) for prompt in prompts]
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    checked = [np.asarray(prompt) for prompt in prompts]
     for number, ids in enumerate(checked, start=1):
         which = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
         if not ids.size:
             raise ValueError(f"{which} is empty: give at least one token")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"{which} is {ids.dtype} of shape {ids.shape}: expected a row of token ids, as in "
+                "[[1, 2, 3]] for one prompt"
+            )
         if ids.min() < 0 or ids.max() >= config.vocab_size:
             raise ValueError(
                 f"{which} has token ids from {ids.min()} to {ids.max()}; {config.name} takes 0 to "
                 f"{config.vocab_size - 1}"
             )
+        if ids.size > config.sequence_length:
+            raise ValueError(
+                f"{which} has {ids.size} tokens; {config.name}'s sequence length is "
+                f"{config.sequence_length}"
+            )
         if ids.size + max_new_tokens > config.sequence_length:
             raise ValueError(
                 f"{which}: {ids.size} tokens and {max_new_tokens} new ones exceed "
                 f"{config.name}'s sequence length of {config.sequence_length}; at most "
-                f"{max(config.sequence_length - ids.size, 0)} can be added to this prompt"
+                f"{config.sequence_length - ids.size} can be added to this prompt"
             )
-    return checked
+    return [ids.astype(np.int32) for ids in checked]
 
 
 class _Row:
@@ -211,8 +232,7 @@ def _decoded(
     )
     # Rows of like lengths are prefilled together. `order[i]` is the prompt in row i of the cache.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    create = functools.partial(KVCache.create, decoder.config, len(order), length, cache_dtype)
-    cache = jax.jit(create)()
+    cache = _create(decoder.config, len(order), length, cache_dtype)
     keys = row_keys(config.sampling.seed, [first_row + i for i in order])
     sampling = config.sampling.arrays()
     stops = jnp.asarray(config.stop_tokens or (_NO_TOKEN,), jnp.int32)
@@ -272,6 +292,7 @@ def _prefill_group(
 
 
 # What is compiled, once for each (batch, cache length, bucket).
+_create = jax.jit(KVCache.create, static_argnums=(0, 1, 2, 3))
 _prefill = jax.jit(prefill, donate_argnums=2)
 _extend = jax.jit(extend, donate_argnums=2)
 
@@ -346,7 +367,7 @@ def bucket(length: int) -> int:
 
 
 def _cache_length(config: ModelConfig, prompts: list[np.ndarray], options: GenerateConfig) -> int:
-    needed = max(prompt.size for prompt in prompts) + options.max_new_tokens
+    needed = max(max(prompt.size for prompt in prompts) + options.max_new_tokens, options.room)
     return min(bucket(needed), config.sequence_length)
 
 
@@ -370,7 +391,7 @@ def _memory_advice(config: ModelConfig, batch: int, length: int) -> Iterator[Non
             raise
         raise ValueError(
             f"{config.name}: the device's memory did not suffice for batch {batch} at context "
-            f"{length}. What helps: a smaller batch, a shorter context, cache dtype bfloat16, "
+            f"{length}. What helps: a smaller batch, a shorter context, a cache dtype of 16 bits, "
             "fewer prefill_tokens, or a model that shares K/V over more layers (`cla-jax plan` "
             f"says what fits). {str(error).splitlines()[0][:200]}"
         ) from None

@@ -154,8 +154,8 @@ def workspace_bytes(
     # Scores are float32, and so are their exponentials.
     scores_per_query = 2 * N * context * 4
     mask_per_query = context * (1 + compute)
-    # One layer's K/V in another layout, or in the compute dtype.
-    layer_kv = 2 * context * K * H * max(compute, cache)
+    # One layer's K/V of a key, in another layout or in the compute dtype.
+    key = 2 * K * H * max(compute, cache)
     # Weights that XLA lays out anew for the whole loop of decoding.
     relaid = weight_bytes(config, settings) // 4
     # Activations of a token in one layer: residual stream, norm, attention and feed-forward
@@ -169,9 +169,9 @@ def workspace_bytes(
 
     decode = relaid + max(step_logits, batch * per_token)  # one behind the other
     if not fused_decode:
-        decode += batch * (scores_per_query + layer_kv)
-    rows = min(batch, -(-settings.prefill_tokens // context))  # of one call
-    prefill = logits + rows * layer_kv
+        decode += batch * (scores_per_query + context * key)
+    keys = min(batch * context, max(settings.prefill_tokens, context))  # of one prefill call
+    prefill = logits + keys * key
     prefill += prefilled * (per_token + (mask_per_query if fused else scores_per_query))
     bookkeeping = 64 * batch  # lengths, random keys, last tokens
     # An allocator cannot fill memory to the brim.
@@ -327,8 +327,8 @@ def check_fits(
     if plan.weights >= memory_bytes:
         raise ValueError(weights_do_not_fit(plan))
     knobs = ["a smaller batch", "a shorter context"]
-    half = settings.cache_element > 2
-    knobs.append(f"cache dtype bfloat16 ({'half the cache' if half else 'as it is'})")
+    if settings.cache_element > 2:
+        knobs.append("cache dtype bfloat16 (half the cache)")
     if plan.workspace > workspace_bytes(config, batch, length, dataclasses.replace(
         settings, prefill_tokens=1
     )):  # fmt: skip

@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
         return self.final_norm(self._run_layers(self.embed(tokens), context))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The embeddings of tokens, in the compute dtype; NaN for an id outside the vocabulary."""
+        """The embeddings of tokens, in the compute dtype; NaN for an id beyond the vocabulary."""
         # Looked up as they are and rounded after (the constructor says why).
         x = jnp.take(self.embedding.embedding[...], tokens, axis=0)
         return constrain(x.astype(self.execution.compute_dtype), "batch", "length", "model")
@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
         return constrain(logits, "batch", "length", "vocab")
 
     def unembedding(self) -> Float[Array, "D V"]:
-        """The output projection, float32; the embedding's transpose where they are tied."""
+        """The output projection as it is held; the embedding's transpose where they are tied."""
         return self.embedding.embedding[...].T if self.head is None else self.head[...]
 
     def layer(self, index: int) -> DecoderLayer:

@@ -98,7 +98,8 @@ def throughput(rows: Sequence[Throughput], *, subtitle: str = "") -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+        few = max(rates) < 10 * min(rates)  # perhaps no power of ten among them
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if few else ""))
         axes.set_xlabel("Sharing factor: layers that share each K/V, log scale")
         axes.set_ylabel("Tokens/s, log scale")
         label_ends(axes, ends, labels, list((SHARED * len(contexts))[: len(contexts)]))

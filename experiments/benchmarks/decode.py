@@ -11,7 +11,6 @@ beside it with the weights stacked as training has them, `--prefill` times fast 
 whole forward pass. Results of record: docs/results.md.
 """
 
-import csv
 import dataclasses
 import gc
 import statistics
@@ -72,24 +71,26 @@ class Benchmark:
     prefill: bool = False
     """Also prefill: whole, and fast."""
     out: Path | None = None
-    """Write the table here too, as CSV."""
+    """Write the table here too, as CSV, row by row; it must not exist yet."""
 
 
-def row_of(costs: DecodeCosts, ceiling: float, name: str = "") -> dict[str, Any]:
-    return {
-        "model": name or costs.model,
-        "batch": costs.batch,
-        "context": costs.context,
-        "ms_per_step": f"{costs.step_seconds * 1e3:.3f}",
-        "tokens_per_second": f"{costs.tokens_per_second:.0f}",
-        "read_gb": f"{costs.read_bytes / 1e9:.3f}",
-        "tb_per_second": f"{costs.read_rate / 1e12:.3f}",
-        "of_ceiling": f"{costs.read_rate / ceiling:.3f}",
-        "cache_gb": f"{costs.cache_bytes / 1e9:.3f}",
-        "temporary_gb": f"{costs.temporary_bytes / 1e9:.3f}",
-        "attention": costs.attention,
-        "compile_s": f"{costs.compile_seconds:.1f}",
-    }
+def line_of(costs: DecodeCosts, ceiling: float, name: str = "") -> str:
+    """A row of the table, in the order of the columns."""
+    values = (
+        name or costs.model,
+        str(costs.batch),
+        str(costs.context),
+        f"{costs.step_seconds * 1e3:.3f}",
+        f"{costs.tokens_per_second:.0f}",
+        f"{costs.read_bytes / 1e9:.3f}",
+        f"{costs.read_rate / 1e12:.3f}",
+        f"{costs.read_rate / ceiling:.3f}",
+        f"{costs.cache_bytes / 1e9:.3f}",
+        f"{costs.temporary_bytes / 1e9:.3f}",
+        costs.attention,
+        f"{costs.compile_seconds:.1f}",
+    )
+    return ",".join(values)
 
 
 def timed(call: Callable[[], Any], repeats: int = 10) -> float:
@@ -122,52 +123,53 @@ def compare_prefill(config: ModelConfig, rows: int = 4, length: int = 2048) -> N
 
 def main(options: Benchmark) -> None:
     """Measure every row; one that fails is reported and the others still run."""
+    configs = [model(name) for name in options.models]  # a bad name fails before the first row
+    if options.out is not None and options.out.exists():
+        raise ValueError(f"{options.out} exists already; choose another --out")
     ceiling = read_bandwidth()
     limit = memory_limit() if options.memory is None else parse_size(options.memory)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, read ceiling "
         f"{ceiling / 1e12:.3f} TB/s, memory {format_size(limit) if limit else 'unknown'}"
     )
-    print(",".join(COLUMNS), flush=True)
-    rows = list[dict[str, Any]]()
+    if limit is None and 0 in options.batch:
+        print("this device does not say how much memory there is: for batch 0 give --memory 16GiB")
 
-    def show(row: dict[str, Any]) -> None:
-        rows.append(row)
-        print(",".join(str(row[column]) for column in COLUMNS), flush=True)
+    def show(line: str) -> None:
+        print(line, flush=True)
+        if options.out is not None:  # row by row: what was measured stays
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
-    for name in options.models:
-        config = model(name)
+    show(",".join(COLUMNS))
+    for config in configs:
+        name = config.name
         decoder = random_decoder(config)
         for context in options.context:
             most = int(options.margin * largest_batch(config, context, limit)) if limit else None
             for batch in options.batch:
                 size = batch or most
-                if size is None or (most is not None and size > most):
+                if not size or (most is not None and size > most):
+                    if batch:
+                        print(f"# {name}, context {context}: batch {batch} does not fit")
                     continue
                 try:
-                    show(row_of(decode_costs(decoder, size, context), ceiling))
+                    show(line_of(decode_costs(decoder, size, context), ceiling))
                 except jax.errors.JaxRuntimeError as error:
                     print(f"{name}, batch {size}, context {context}: {str(error)[:200]}")
                     gc.collect()  # the error's frames hold arrays
         del decoder
         if options.stacked:
-            show(stacked_row(config, ceiling))
+            show(stacked_line(config, ceiling))
     if options.prefill:
-        for name in options.models:
-            config = model(name)
+        for config in configs:
             compare_prefill(config)
-        config = model(options.models[-1])
-        upper = KVSharing.shared_upper_half(config.num_layers)
-        compare_prefill(dataclasses.replace(config, name="SharedUpperHalf", sharing=upper))
-    if options.out is not None:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list[str](COLUMNS), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"wrote {options.out}")
+        upper = KVSharing.shared_upper_half(configs[-1].num_layers)
+        compare_prefill(dataclasses.replace(configs[-1], name="SharedUpperHalf", sharing=upper))
 
 
-def stacked_row(config: ModelConfig, ceiling: float) -> dict[str, Any]:
+def stacked_line(config: ModelConfig, ceiling: float) -> str:
     """The step with bfloat16 weights, but stacked over the layers as training has them."""
 
     @jax.jit
@@ -176,7 +178,7 @@ def stacked_row(config: ModelConfig, ceiling: float) -> dict[str, Any]:
         return jax.tree.map(lambda a: a.astype(jnp.bfloat16), decoder)
 
     costs = decode_costs(make(jax.random.key(0)), 64, min(8192, 4 * config.sequence_length))  # pyright: ignore
-    return row_of(costs, ceiling, f"{config.name} (stacked weights)")
+    return line_of(costs, ceiling, f"{config.name} (stacked weights)")
 
 
 if __name__ == "__main__":

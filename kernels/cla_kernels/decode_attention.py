@@ -1,6 +1,7 @@
 """Attention of a few new queries over a cache: the signature, its checks and the choice."""
 
 import difflib
+import operator
 from typing import Literal, get_args
 
 import jax
@@ -37,6 +38,9 @@ def decode_attention(
     end). A length may exceed `S`, where the last queries are padding; a query that sees no key
     gives zeros. Keys are already rotated. Query head `n` reads KV head `n // (N // K)`.
 
+    What lies in a row's cache behind its length is not seen, but must be finite; a key that is not
+    finite may spoil the row's other heads.
+
     Works under `jax.jit`, `jax.vmap` and in a scan over layers.
 
     Args:
@@ -56,6 +60,8 @@ def decode_attention(
         ValueError: shapes or dtypes that do not go together, a `layer` outside the stack, an
             unknown implementation, or one that cannot take these inputs (says why).
     """
+    if not isinstance(layer, jax.Array):
+        layer = _index(layer)
     _check(q, k, v, lengths, layer)
     if implementation is None:
         implementation, _ = choose_implementation(q, k)
@@ -85,6 +91,13 @@ def choose_implementation(
     if obstacle := _cudnn.obstacle(q, k):
         return "xla", f"not cuDNN: {obstacle}"
     return "cudnn", "one query a row, 16-bit types and a head dim that cuDNN takes"
+
+
+def _index(layer: object) -> int:
+    try:
+        return operator.index(layer)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ValueError(f"layer {layer!r}: expected an integer") from None
 
 
 def _check(

@@ -17,6 +17,7 @@ class Shouting:
     def check(self, prompts, max_new_tokens):
         if any(len(prompt) > 1000 for prompt in prompts):
             raise ValueError("a prompt is too long")
+        return max(map(len, prompts)) + max_new_tokens
 
     def generate(self, prompts, *, on_text=None, **options):
         self.calls.append((list(prompts), options))
@@ -68,7 +69,7 @@ def test_options_reach_the_model(run, model):
     assert (code, out) == (0, "oneONE\n\ntwoTWO\n\n")
     assert model.loaded == [("runs/mine", {"tokenizer": "bytes"})]
     options = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 4,
-               "stop": ("END", "\n"), "cache_dtype": "float32", "first_row": 0}  # fmt: skip
+               "stop": ("END", "\n"), "cache_dtype": "float32", "first_row": 0, "room": 3 + 7}  # fmt: skip
     assert model.calls == [(["one", "two"], options)]
 
 

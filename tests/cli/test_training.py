@@ -26,7 +26,7 @@ def test_train_end_to_end(run, tmp_path, monkeypatch):
     assert text.startswith("the cat")
     code, _, error = run("generate", "runs", "--prompt", "a", "b" * 500, "--out", "written.jsonl")
     assert code == 1
-    assert "500 tokens and 128 new ones exceed tiny/MQA-CLA2's sequence length of 256" in error
+    assert "prompt 2 of 2 has 500 tokens; tiny/MQA-CLA2's sequence length is 256" in error
 
     code, _, error = run(*arguments)
     assert code == 1

@@ -107,7 +107,7 @@ class Run:
         rows = (first_row or 0) + np.arange(len(widths))
         if way is prefill:
             self.fed[rows], self.known[rows] = 0, False
-        padded = np.full((len(widths), chunk), self.decoder.config.vocab_size - 1, np.int32)
+        padded = np.full((len(widths), chunk), self.decoder.config.vocab_size, np.int32)
         for i, row in enumerate(rows):
             padded[i, : widths[i]] = self.tokens[row, self.fed[row] :][: widths[i]]
         where = {} if first_row is None else {"first_row": jnp.int32(first_row)}

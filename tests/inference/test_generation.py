@@ -13,7 +13,7 @@ from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.data import ByteTokenizer
 from cla_jax.inference import GenerateConfig, Sampling, check_prompts, generate
 from cla_jax.inference import generation as module
-from cla_jax.inference.generation import _extend, _prefill, bucket, decode_block
+from cla_jax.inference.generation import _create, _extend, _prefill, bucket, decode_block
 from cla_jax.sharing import KVSharing
 from cla_jax.training import Model
 
@@ -150,7 +150,7 @@ def test_a_sample_depends_on_its_row_alone(decoder):
 
 
 def compilations() -> list[int]:
-    return [f._cache_size() for f in (_prefill, _extend, decode_block)]  # pyright: ignore
+    return [f._cache_size() for f in (_create, _prefill, _extend, decode_block)]  # pyright: ignore
 
 
 def test_other_prompts_of_like_lengths_compile_nothing(decoder):
@@ -162,6 +162,15 @@ def test_other_prompts_of_like_lengths_compile_nothing(decoder):
         sampling = Sampling(0.5 + change, top_k=10 + change, top_p=0.5, seed=change)
         generate(decoder, prompts, dataclasses.replace(SAMPLED, sampling=sampling))
     assert compilations() == before
+
+
+def test_room_makes_batches_of_one_shape(decoder):
+    config = dataclasses.replace(EXACT, room=64)
+    alone = generate(decoder, PROMPTS[:2], EXACT)
+    assert generate(decoder, PROMPTS[:2], config) == alone
+    before = decode_block._cache_size()  # pyright: ignore
+    generate(decoder, PROMPTS[2:4], config)
+    assert decode_block._cache_size() == before  # pyright: ignore
 
 
 def test_fills_the_sequence_length_exactly(decoder):
@@ -189,7 +198,12 @@ def test_buckets(length):
         ([[1, 257]], 4, r"from 1 to 257; toy takes 0 to 256"),
         ([[-1]], 4, r"from -1 to -1; toy takes 0 to 256"),
         ([[1] * 90], 7, r"90 tokens and 7 new ones exceed toy's .* 96; at most 6"),
-        ([[1] * 100], 7, r"at most 0"),
+        ([[1] * 96], 7, r"at most 0"),
+        ([[1] * 97], 0, r"the prompt has 97 tokens; toy's sequence length is 96"),
+        ([[1, 2]], -5, r"max_new_tokens=-5"),
+        ([np.array(1)] * 3, 4, r"prompt 1 of 3 is int64 of shape \(\): .* \[\[1, 2, 3\]\]"),
+        ([np.array([1.7, 2.2])], 4, r"the prompt is float64"),
+        ([[2**40]], 4, r"from 1099511627776 to"),
     ],
 )
 def test_refuses_prompts(decoder, prompts, new, message):
@@ -205,6 +219,8 @@ def test_refuses_prompts(decoder, prompts, new, message):
         ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
         ({"prefill_tokens": 0}, "prefill_tokens=0"),
         ({"block": 0}, "block=0"),
+        ({"room": -1}, "room=-1"),
+        ({"stop_tokens": (-1,)}, "stop_tokens="),
         ({"stop_strings": ("",)}, "empty string"),
         ({"cache_dtype": "int4"}, "cache_dtype='int4': expected one of"),
     ],

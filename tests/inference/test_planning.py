@@ -78,6 +78,16 @@ def test_workspace_and_total_grow(config, settings, batch, context):
         assert here <= needed(config, batch, context + 1, settings)
 
 
+@given(models, settings, st.integers(1, 64), st.integers(1, 6), st.integers(-2, 1))
+def test_it_grows_where_a_prefill_call_holds_one_row_less(config, settings, parts, batch, off):
+    """The sizes at which prefill calls change are rare among all, and were once not monotone."""
+    context = max(settings.prefill_tokens // parts + off, 1)
+    for needed in (planning.workspace_bytes, planning.total_bytes):
+        here = needed(config, batch, context, settings)
+        assert here <= needed(config, batch, context + 1, settings)
+        assert here <= needed(config, batch + 1, context, settings)
+
+
 def test_workspace_covers_what_it_must():
     """Logits of every row, and one layer's K and V."""
     config, batch, context = model("1B/H128-MHA"), 16, 4096
