@@ -69,7 +69,8 @@ def test_options_reach_the_model(run, model):
     assert (code, out) == (0, "oneONE\n\ntwoTWO\n\n")
     assert model.loaded == [("runs/mine", {"tokenizer": "bytes"})]
     options = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 4,
-               "stop": ("END", "\n"), "cache_dtype": "float32", "first_row": 0, "room": 3 + 7}  # fmt: skip
+               "stop": ("END", "\n"), "cache_dtype": "float32", "first_row": 0,
+               "room": 3 + 7}  # fmt: skip
     assert model.calls == [(["one", "two"], options)]
 
 
