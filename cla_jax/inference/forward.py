@@ -140,8 +140,9 @@ def _forward(
 
     for index, slot in enumerate(sharing.cache_slots):
         layer = decoder.layer(index)
+        h = layer.attention_norm(x)
         if sharing.owns(index):
-            kv = layer.keys_values(x, angles)
+            kv = layer.keys_values(x, h, angles)
             # What is read now is what will be read from the cache later.
             kv = KV(kv.k.astype(cache.dtype), kv.v.astype(cache.dtype))
             write = cache.begin if begins else cache.write
@@ -149,7 +150,7 @@ def _forward(
             fresh[slot] = kv
         if index == sharing.owner_layers[-1] and not all_logits and length > 1:
             last = jnp.maximum(widths - 1, 0)[:, None]
-            x = jnp.take_along_axis(x, last[:, :, None], axis=1)
+            x, h = (jnp.take_along_axis(a, last[:, :, None], axis=1) for a in (x, h))
             angles = Rotary(*(jnp.take_along_axis(a, last[:, :, None], axis=1) for a in angles))
             seen = starts + widths
         if begins:
@@ -174,7 +175,7 @@ def _forward(
             return attend(q, kv) if begins else attend_behind(q, kv, starts)
 
         with jax.named_scope(f"layer_{index}"):
-            x = layer.read(x, read, angles)
+            x = layer.read(x, h, read, angles)
 
     logits = decoder.unembed(decoder.final_norm(x))
     if not all_logits:

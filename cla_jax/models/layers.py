@@ -55,29 +55,41 @@ class DecoderLayer(nnx.Module):
                 f"a layer that {role} K/V was {given}: its parameters were made for another "
                 "sharing map"
             )
+        h = self.attention_norm(x)
         if kv is None:
-            kv = self.keys_values(x, context.rotary)
+            kv = self.keys_values(x, h, context.rotary)
         read = functools.partial(attend, kv=kv, documents=context.documents)
-        return self.read(x, read, context.rotary), kv
+        return self.read(x, h, read, context.rotary), kv
 
-    def keys_values(self, x: Float[Array, "B T D"], angles: Rotary) -> KV:
-        """An owner's K/V of the layer's input: normalised, projected, the keys rotated."""
+    def keys_values(self, x: Float[Array, "B T D"], h: Float[Array, "B T D"], angles: Rotary) -> KV:
+        """An owner's K/V: projected, the keys rotated.
+
+        Args:
+            x: the layer's input.
+            h: `attention_norm` of it, made once for queries and K/V; an owner with a norm of its
+                own does not use it.
+            angles: of the positions.
+        """
         assert self.kv_projection is not None, "a reader projects no K/V"
-        norm = self.attention_norm if self.kv_norm is None else self.kv_norm
-        return self.kv_projection(norm(x), angles)
+        return self.kv_projection(h if self.kv_norm is None else self.kv_norm(x), angles)
 
     def read(
-        self, x: Float[Array, "B T D"], attend: Attend, angles: Rotary
+        self,
+        x: Float[Array, "B T D"],
+        h: Float[Array, "B T D"],
+        attend: Attend,
+        angles: Rotary,
     ) -> Float[Array, "B T D"]:
         """The rest of the layer, which owners and readers have alike.
 
         Args:
             x: the layer's input.
+            h: `attention_norm` of it.
             attend: from rotated queries `[B, T, N, H]` to what they find in the layer's K/V,
                 wherever those lie: in a forward pass's arrays or in a cache.
             angles: of the queries' positions.
         """
-        attended = self.attention(self.attention_norm(x), attend, angles)
+        attended = self.attention(h, attend, angles)
         if self.parallel_residual:
             x = x + attended + self.ffn(self.ffn_norm(x))
         else:
