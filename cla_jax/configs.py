@@ -11,7 +11,14 @@ from typing import Any, Literal, get_args
 
 from cla_jax.sharing import KVSharing
 
-__all__ = ["DataConfig", "ExecutionConfig", "ModelConfig", "OptimizerConfig", "TrainConfig"]
+__all__ = [
+    "DataConfig",
+    "ExecutionConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RopeScaling",
+    "TrainConfig",
+]
 
 Remat = Literal["none", "full", "dots"]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -22,6 +29,42 @@ def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` nearest to `wanted`: the valid choice that a message names."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     return min(divisors, key=lambda n: abs(n - wanted))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch the rotary frequencies to contexts beyond the trained one.
+
+    Wavelengths below `original_max_position_embeddings / high_freq_factor` tokens stay, those above
+    `original_max_position_embeddings / low_freq_factor` grow by `factor`, and in between the
+    frequency is interpolated. The names are those of Hugging Face configurations.
+
+    Attributes:
+        factor: by which the longest wavelengths grow.
+        low_freq_factor: full wavelengths in the original context below which `factor` holds whole.
+        high_freq_factor: full wavelengths in the original context above which nothing changes.
+        original_max_position_embeddings: the context that the frequencies were trained at, tokens.
+
+    Raises:
+        ValueError: a value that is not positive, or bounds that are not in order.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(
+                    f"rope_scaling.{field.name}={getattr(self, field.name)} must be positive"
+                )
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +92,7 @@ class ModelConfig:
         use_bias: biases on every projection inside the layers.
         rotary_dim: leading dimensions of each head that rotate; even, at most `head_dim`.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how Llama 3 stretches them; None: not at all.
         norm_epsilon: epsilon of every norm.
         tied_embeddings: the output projection is the embedding's transpose.
         init_std: standard deviation of every linear layer's and the embedding's initial weights.
@@ -73,6 +117,7 @@ class ModelConfig:
     use_bias: bool = False
     rotary_dim: int | None = None
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-5
     tied_embeddings: bool = False
     init_std: float = 0.01275
@@ -148,6 +193,8 @@ class ModelConfig:
         """Plain values for JSON; the map is written as `sharing_pattern`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["sharing"]
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = dataclasses.asdict(self.rope_scaling)
         return {**values, "sharing_pattern": self.sharing.sharing_pattern}
 
     @classmethod
@@ -167,7 +214,18 @@ class ModelConfig:
             raise ValueError(f"a model config lacks {', '.join(missing)}")
         values = dict(values)
         sharing = KVSharing.from_sharing_pattern(values.pop("sharing_pattern"))
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = _rope_scaling(values["rope_scaling"])
         return cls(sharing=sharing, **values)
+
+
+def _rope_scaling(values: dict[str, Any]) -> RopeScaling:
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    if set(values) != set(names):
+        raise ValueError(
+            f"rope_scaling has the keys {', '.join(sorted(values))}; expected {', '.join(names)}"
+        )
+    return RopeScaling(**values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from cla_jax.configs import ModelConfig
 from cla_jax.sharing import KVSharing
 
-__all__ = ["match_models", "model", "model_names"]
+__all__ = ["match_models", "match_parameters", "model", "model_names"]
 
 # The GPT-NeoX tokenizer's 50,277 ids, padded as GPT-NeoX-20B pads them. The CLA paper names the
 # tokenizer, not the padded size.
@@ -221,8 +221,20 @@ def _same_size(config: ModelConfig) -> ModelConfig:
         sharing=KVSharing.none(config.num_layers),
         kv_heads=config.query_heads,
     )
-    per_unit = config.num_layers * (2 * config.d_model + 1)
-    extra = round((unshared.parameters - config.parameters) / per_unit)
+    return match_parameters(config, unshared.parameters)
+
+
+def match_parameters(config: ModelConfig, parameters: int) -> ModelConfig:
+    """The configuration with the MLP width whose parameter count comes nearest to a given one.
+
+    MLKV section 4.2 widens the MLPs of its variants so; it prints no widths (`_PYTHIA_160M` has
+    those that give its counts).
+
+    Raises:
+        ValueError: `parameters` is so small that no MLP is left.
+    """
+    wider = dataclasses.replace(config, ffn_dim=config.ffn_dim + 1)
+    extra = round((parameters - config.parameters) / (wider.parameters - config.parameters))
     return dataclasses.replace(config, ffn_dim=config.ffn_dim + extra)
 
 

@@ -82,7 +82,8 @@ class Decoder(nnx.Module):
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         else:
             positions = positions_in_documents(documents)
-        angles = rotary(positions, self.config.rotary, self.config.rope_theta)
+        config = self.config
+        angles = rotary(positions, config.rotary, config.rope_theta, config.rope_scaling)
         context = LayerContext(angles, documents)
         return self.final_norm(self._run_layers(self.embed(tokens), context))
 

@@ -3,11 +3,14 @@
 The two halves of the rotating dimensions form the pairs, as in Llama and GPT-NeoX checkpoints.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from cla_jax.configs import RopeScaling
 
 
 class Rotary(NamedTuple):
@@ -17,11 +20,23 @@ class Rotary(NamedTuple):
     sin: Float[Array, "B T half"]
 
 
-def rotary(positions: Int[Array, "B T"], dim: int, theta: float) -> Rotary:
+def rotary(
+    positions: Int[Array, "B T"], dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Rotary:
     """The angles of `positions` for `dim` rotating dimensions (even, may be 0)."""
     frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
+    if scaling is not None:
+        frequencies = _stretched(frequencies, scaling)
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def _stretched(frequencies: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
+    """Frequencies (radians per token) as Llama 3.1 stretches them: see `RopeScaling`."""
+    turns = frequencies * (scaling.original_max_position_embeddings / (2 * math.pi))
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
 def rotate(x: Float[Array, "B T N H"], angles: Rotary) -> Float[Array, "B T N H"]:
