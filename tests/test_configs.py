@@ -10,6 +10,7 @@ from cla_jax.configs import (
     ExecutionConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeScaling,
     TrainConfig,
 )
 from cla_jax.registry import model, model_names
@@ -90,6 +91,30 @@ def test_dict_round_trip(name):
     before = dict(values)
     ModelConfig.from_dict(values)
     assert values == before
+
+
+LLAMA3 = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+
+
+def test_rope_scaling_round_trip_and_configs_saved_before_there_was_any():
+    config = small(rope_scaling=LLAMA3)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    older = small().to_dict()
+    del older["rope_scaling"]
+    assert ModelConfig.from_dict(older) == small()
+    with pytest.raises(ValueError, match="rope_scaling has the keys factor; expected"):
+        ModelConfig.from_dict({**older, "rope_scaling": {"factor": 8.0}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"factor": 0.0}, "factor=0.0 must be positive"), ({"low_freq_factor": 4.0}, "must be below")],
+)
+def test_rope_scaling_that_makes_no_sense(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(LLAMA3, **changes)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Hugging Face checkpoints in and out, and conversion of trained models to any sharing map."""
 
 from cla_jax.conversion.conversion import convert, converted_config, parse_sharing
+from cla_jax.conversion.hub import huggingface_directory
 from cla_jax.conversion.huggingface import (
     HuggingFaceCheckpoint,
-    huggingface_directory,
     load_huggingface,
     save_huggingface,
 )

@@ -7,9 +7,10 @@ import numpy as np
 from cla_jax.configs import ModelConfig
 from cla_jax.conversion.huggingface import HuggingFaceCheckpoint
 from cla_jax.conversion.merging import Merge, check_kv_heads, mean, merge_kv_heads
-from cla_jax.conversion.parameters import Params, split_layers, stack_split_layers
+from cla_jax.conversion.parameters import split_layers, stack_split_layers
 from cla_jax.conversion.widening import matched_config, widen
 from cla_jax.sharing import KVSharing
+from cla_jax.training.step import Params
 
 __all__ = ["convert", "converted_config", "parse_sharing"]
 

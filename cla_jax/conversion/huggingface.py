@@ -20,9 +20,9 @@ import numpy as np
 from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.conversion import safetensors_io
 from cla_jax.conversion.hf_config import from_hf_config, to_hf_config
+from cla_jax.conversion.hub import TOKENIZER_FILES
 from cla_jax.conversion.layouts import Part, TensorSpec, tensor_specs
 from cla_jax.conversion.parameters import (
-    Params,
     check_params,
     layer_place,
     parameter_shapes,
@@ -31,25 +31,14 @@ from cla_jax.conversion.parameters import (
 from cla_jax.conversion.safetensors_io import StoredTensor, TensorToWrite
 from cla_jax.data.files import staged_directory
 from cla_jax.models import Decoder
+from cla_jax.training.step import Params
 
 __all__ = [
-    "TOKENIZER_FILES",
     "HuggingFaceCheckpoint",
-    "huggingface_directory",
     "load_huggingface",
     "save_huggingface",
 ]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Older versions stored what follows from the config: causal masks and rotary frequencies.
 _BUFFERS = re.compile(
@@ -87,55 +76,6 @@ class HuggingFaceCheckpoint:
         return to_decoder(self.config, self.params, execution)
 
 
-def huggingface_directory(source: str | Path) -> Path:
-    """A checkpoint directory by its path, or by `OWNER/NAME[@REVISION]` from the hub's cache.
-
-    Of a model on the hub, `config.json`, safetensors and tokenizer files are fetched; `hf:` may
-    stand in front.
-
-    Raises:
-        ValueError: no such directory, or nothing to be had from the hub.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{path} is a file: expected a checkpoint directory")
-    name = str(source).removeprefix("hf:")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or name.startswith("."):
-        parent = path.parent
-        siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"; the nearest is {parent / near[0]}" if near else ""
-        raise ValueError(
-            f"no directory {path}{hint}. Expected a checkpoint directory or OWNER/NAME[@REVISION] "
-            "on the Hugging Face hub"
-        )
-    return _from_hub(name)
-
-
-def _from_hub(name: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    repository, _, revision = name.partition("@")
-    try:
-        path = huggingface_hub.snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=["config.json", "model*.safetensors", safetensors_io.INDEX,
-                            safetensors_io.CHECKSUMS, *TOKENIZER_FILES],
-        )  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"there is no directory {name}, and {repository!r} could not be had from the Hugging "
-            f"Face hub nor from its local cache ({type(error).__name__}: {cause}). Offline, give a "
-            "directory instead"
-        ) from None
-    return Path(path)
-
-
 def load_huggingface(directory: str | Path, *, name: str | None = None) -> HuggingFaceCheckpoint:
     """Read a checkpoint directory, tensor by tensor: at most one exists beside the parameters.
 
@@ -152,11 +92,7 @@ def load_huggingface(directory: str | Path, *, name: str | None = None) -> Huggi
             the file, tensor or setting.
     """
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        what = "holds no config.json" if directory.is_dir() else "is no directory"
-        raise ValueError(f"{directory} is no Hugging Face checkpoint: it {what}")
-    values = safetensors_io.read_json_object(directory / "config.json")
-    config = from_hf_config(values, name or directory.resolve().name)
+    config, values = load_config(directory, name=name)
     stored = safetensors_io.find_tensors(directory)
     specs = {spec.name: spec for spec in tensor_specs(config)}
     _check_tensors(config, specs, stored, directory)
@@ -164,6 +100,23 @@ def load_huggingface(directory: str | Path, *, name: str | None = None) -> Huggi
     params, buffers = _read(config, specs, stored)
     found = tuple(f for n in TOKENIZER_FILES if (f := directory / n).is_file())
     return HuggingFaceCheckpoint(config, params, found, values, buffers)
+
+
+def load_config(directory: Path, *, name: str | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """The architecture of a checkpoint directory, and its `config.json` as it is.
+
+    Args:
+        directory: holds `config.json`.
+        name: of the model; by default the directory's.
+
+    Raises:
+        ValueError: it is no checkpoint, or of a kind that is not supported.
+    """
+    if not (directory / "config.json").is_file():
+        what = "holds no config.json" if directory.is_dir() else "is no directory"
+        raise ValueError(f"{directory} is no Hugging Face checkpoint: it {what}")
+    values = safetensors_io.read_json_object(directory / "config.json")
+    return from_hf_config(values, name or directory.resolve().name), values
 
 
 def save_huggingface(
@@ -257,16 +210,8 @@ def _read(
 ) -> tuple[Params, dict[str, np.ndarray]]:
     shapes, params, buffers = parameter_shapes(config), {}, {}
     dtypes: dict[tuple[Any, ...], tuple[str, str]] = {}
-    for name, tensor in safetensors_io.read_tensors(stored):
-        if (spec := specs.get(name)) is None:
-            if name not in _TIED_COPIES:
-                buffers[name] = tensor
-            elif not _same_bytes(tensor, params["embedding"]["embedding"]):
-                raise ValueError(
-                    f"{stored[name].file}: tensor {name} differs from the embedding, though "
-                    "config.json ties them (tie_word_embeddings)"
-                )
-            continue
+    for name, tensor in safetensors_io.read_tensors({name: stored[name] for name in specs}):
+        spec = specs[name]
         for part in spec.parts:
             path = _path(config, spec, part)
             other, dtype = dtypes.setdefault(path, (name, stored[name].dtype))
@@ -277,6 +222,15 @@ def _read(
                 )
             leaf = _leaf(params, shapes, path, tensor.dtype)
             _block(leaf, config, spec, part)[...] = spec.load(tensor, part)
+    others = {name: stored[name] for name in stored.keys() - specs.keys()}
+    for name, tensor in safetensors_io.read_tensors(others):
+        if name not in _TIED_COPIES:
+            buffers[name] = tensor
+        elif not _same_bytes(tensor, params["embedding"]["embedding"]):
+            raise ValueError(
+                f"{stored[name].file}: tensor {name} differs from the embedding, though "
+                "config.json ties them (tie_word_embeddings)"
+            )
     return params, buffers
 
 

@@ -5,7 +5,7 @@ are stacked along a leading axis, as the sharing map's segments say (`cla_jax.mo
 layer's own parameters are views into it.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -14,11 +14,9 @@ from flax import nnx
 from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.models import Decoder
 from cla_jax.sharing import KVSharing
+from cla_jax.training.step import Model, Params
 
 __all__ = ["layer_place", "parameter_shapes", "split_layers", "stack_split_layers", "to_decoder"]
-
-type Params = dict[str, Any]
-"""Nested dictionaries of arrays: `embedding`, `layers`, `final_norm`, and `head` if not tied."""
 
 
 def parameter_shapes(config: ModelConfig) -> Params:
@@ -43,11 +41,8 @@ def to_decoder(
         ValueError: a parameter is missing, not expected, or of another shape; names it.
     """
     check_params(config, params)
-    template = nnx.eval_shape(lambda: Decoder(config, execution, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(template)
     arrays = jax.tree.map(lambda a: jax.numpy.asarray(np.asarray(a, np.float32)), params)
-    nnx.replace_by_pure_dict(state, arrays)
-    return cast(Decoder, nnx.merge(graphdef, state))
+    return Model(config, execution)(arrays)
 
 
 def check_params(config: ModelConfig, params: Params) -> None:

@@ -21,9 +21,12 @@ class Rotary(NamedTuple):
 
 
 def rotary(
-    positions: Int[Array, "B T"], dim: int, theta: float, scaling: RopeScaling | None = None
+    positions: Int[Array, "B T"], dim: int, theta: float, scaling: RopeScaling | None
 ) -> Rotary:
-    """The angles of `positions` for `dim` rotating dimensions (even, may be 0)."""
+    """The angles of `positions` for `dim` rotating dimensions (even, may be 0).
+
+    Every setting is asked for, so that no caller can leave the scaling out unawares.
+    """
     frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
     if scaling is not None:
         frequencies = _stretched(frequencies, scaling)

@@ -114,7 +114,7 @@ def test_rotate_turns_pairs_of_the_leading_dimensions(half, rest, theta):
         return
     x = np.random.default_rng(half).normal(size=(2, 5, 3, 2 * half + rest)).astype(np.float32)
     positions = np.array([[0, 1, 2, 3, 4], [7, 0, 1, 90, 2]], np.int32)
-    found = rotate(jnp.asarray(x), rotary(jnp.asarray(positions), 2 * half, theta))
+    found = rotate(jnp.asarray(x), rotary(jnp.asarray(positions), 2 * half, theta, None))
     expected = x.astype(np.float64)
     for b in range(2):
         for t in range(5):
@@ -130,7 +130,7 @@ def test_scores_depend_on_distances_alone():
     q, k, _ = inputs(heads=1, kv_heads=1, head_dim=8, length=4)
 
     def scores(shift):
-        angles = rotary(jnp.arange(4)[None] + shift, 8, 100.0)
+        angles = rotary(jnp.arange(4)[None] + shift, 8, 100.0, None)
         return jnp.einsum("BTNH,BSNH->BTS", rotate(q, angles), rotate(k, angles))
 
     np.testing.assert_allclose(scores(0), scores(11), atol=1e-4)
@@ -139,7 +139,7 @@ def test_scores_depend_on_distances_alone():
 
 def test_rotation_keeps_the_dtype():
     x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
-    assert rotate(x, rotary(jnp.arange(2)[None], 4, 10.0)).dtype == jnp.bfloat16
+    assert rotate(x, rotary(jnp.arange(2)[None], 4, 10.0, None)).dtype == jnp.bfloat16
 
 
 @settings(max_examples=20)
