@@ -1,0 +1,53 @@
+"""`cla-jax convert`: what it writes, what it prints, and what it refuses before it reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cla_jax.cli.conversion import Convert
+from cla_jax.conversion import load_huggingface
+from tests.conversion.checkpoints import written
+
+
+def test_converts_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = written(tmp_path / "pythia", "gpt_neox/plain")
+    (source / "tokenizer.json").write_text("{}")
+    out = tmp_path / "out"
+    Convert(str(source), "owners=0,0,2", out, kv_heads=1, match_params=True).run()
+    printed = capsys.readouterr().out
+    assert "kv bytes per token" in printed
+    assert f"wrote {out}" in printed
+    config = load_huggingface(out).config
+    assert config.sharing.owners == (0, 0, 2)
+    assert config.kv_heads == 1
+    assert (out / "tokenizer.json").exists()
+    assert json.loads((out / "config.json").read_text())["sharing_pattern"] == [0, 0, 2]
+
+
+def test_mean_and_first_differ(tmp_path: Path):
+    source = written(tmp_path / "llama")
+    Convert(str(source), "MLKV-1", tmp_path / "mean").run()
+    Convert(str(source), "MLKV-1", tmp_path / "first", merge="first").run()
+    kernels = [
+        load_huggingface(tmp_path / n).params["layers"][0][0]["kv_projection"]["projection"]
+        for n in ("mean", "first")
+    ]
+    assert kernels[0]["kernel"].shape == kernels[1]["kernel"].shape
+    assert (kernels[0]["kernel"] != kernels[1]["kernel"]).any()
+
+
+def test_refuses_before_it_reads(tmp_path: Path):
+    source = written(tmp_path / "llama")
+    (source / "model.safetensors").unlink()  # reading would fail first
+    cases = {
+        "unknown KV sharing 'CLAX'": Convert(str(source), "CLAX", tmp_path / "out"),
+        "maps 2 layers; the model has 3": Convert(str(source), "owners=0,0", tmp_path / "out"),
+        "kv_heads=4 does not": Convert(str(source), "CLA2", tmp_path / "out", kv_heads=4),
+        "exists already": Convert(str(source), "CLA2", source),
+        "no directory .*the nearest is": Convert(str(tmp_path / "lama"), "CLA2", tmp_path / "out"),
+    }
+    for message, command in cases.items():
+        with pytest.raises(ValueError, match=message):
+            command.run()
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
