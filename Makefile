@@ -3,6 +3,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+PARITY := .venv-parity
 JOBS ?= 2
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.12 --generate-hashes \
     --no-emit-index-url --no-annotate --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all lint format lock clean-venv
+.PHONY: help quickstart test test-all test-parity lint format lock clean-venv
 
 help:
 	@echo "cla-jax: cross-layer key/value sharing in JAX"
@@ -24,10 +25,11 @@ help:
 	@echo "  make quickstart TEXT=PATH   the same on your own UTF-8 text file or folder; OUT=DIR says where to"
 	@echo "  make test                   the fast tests; ARGS='tests/test_sharing.py -k segments' narrows them"
 	@echo "  make test-all               those and the slow ones (CLA_JAX_TEST_GPU=1: on the GPU as well)"
+	@echo "  make test-parity            checkpoints against the real transformers, in an environment of their own (.venv-parity)"
 	@echo "  make lint                   ruff, formatting, types, import arrows"
 	@echo "  make format                 let ruff format and fix what it can"
 	@echo "  make lock                   rewrite the locks from pyproject.toml; UPGRADE=1 takes newer versions"
-	@echo "  make clean-venv             remove .venv (the next target makes it anew)"
+	@echo "  make clean-venv             remove .venv and .venv-parity (the next target makes them anew)"
 	@echo
 	@echo "Python 3.12, 3.13 or 3.14 is looked for, and fetched if need be; PYTHON=PATH chooses one for a new .venv."
 
@@ -40,6 +42,11 @@ test: $(VENV)/.stamp-dev
 # No mark left out: everything that `make test` runs, the slow tests, and on a GPU machine those too.
 test-all: $(VENV)/.stamp-dev
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+# torch and transformers stay out of .venv: they have an environment of their own, which needs nothing
+# of this project. PARITY_PYTHON=PATH makes it with another Python.
+test-parity: $(VENV)/.stamp-dev $(PARITY)/.stamp
+	CLA_JAX_PARITY_PYTHON=$(PARITY)/bin/python $(BIN)/pytest -m transformers $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
@@ -59,7 +66,7 @@ lock: $(BIN)/uv
 	    --output-file requirements-dev.lock
 
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PARITY)
 
 # An environment made by hand is kept if it will do; else a new one is made, beside a Python that was
 # fetched into it.
@@ -91,3 +98,13 @@ $(VENV)/.stamp-run: $(VENV)/.stamp-venv requirements.lock pyproject.toml
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv requirements-dev.lock pyproject.toml
 	$(call install,requirements-dev.lock,about 360 MB to download, 1.4 GB on disk)
 	@touch $(VENV)/.stamp-run $@
+
+# torch's build for CPUs where it can be had, else the package index's, which is larger.
+PARITY_PYTHON ?= $(BIN)/python
+$(PARITY)/.stamp: requirements-parity.txt | $(VENV)/.stamp-dev
+	@echo "Installing requirements-parity.txt into $(PARITY): torch and transformers, once ..."
+	@rm -rf $(PARITY) && $(PARITY_PYTHON) -m venv $(PARITY)
+	@$(BIN)/uv pip install --quiet --python $(PARITY)/bin/python --torch-backend=cpu \
+	    --requirement $< 2>/dev/null || \
+	    $(PARITY)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
