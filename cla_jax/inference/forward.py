@@ -132,7 +132,8 @@ def _forward(
     rows, length = tokens.shape
     starts = jax.lax.dynamic_slice_in_dim(cache.lengths, first_row, rows)
     steps = jnp.arange(length, dtype=jnp.int32)
-    angles = rotary(starts[:, None] + steps[None, :], config.rotary, config.rope_theta)
+    positions = starts[:, None] + steps[None, :]
+    angles = rotary(positions, config.rotary, config.rope_theta, config.rope_scaling)
     seen = starts + jnp.int32(length)  # keys that the last query of each row sees
     # Padding may hold any id; one outside the vocabulary would be NaN, and 0 * NaN is NaN.
     x = decoder.embed(jnp.where(steps[None, :] < widths[:, None], tokens, 0))

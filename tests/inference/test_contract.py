@@ -6,6 +6,7 @@ Batches are ragged, padding holds other tokens, and the cache has no more room t
 needs, so that the padding of a last chunk falls off its end.
 """
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -18,7 +19,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig
+from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig, RopeScaling
 from cla_jax.inference.cache import KVCache
 from cla_jax.inference.forward import DECODE_QUERIES, extend, prefill
 from cla_jax.models import Decoder, UnstackedDecoder
@@ -223,6 +224,21 @@ def test_random_owner_maps(owners, architecture):
 @given(owner_maps(9), st.sampled_from(["llama", "neox"]), st.sampled_from([1, 2, 4]))
 def test_many_random_owner_maps(owners, architecture, kv_heads):
     check(config_of(KVSharing(owners), kv_heads, architecture), sum(owners), thorough=True)
+
+
+def test_stretched_rotary_frequencies_reach_the_cache():
+    # The naive reference has none; the full forward is held against transformers' elsewhere.
+    scaling = RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8
+    )
+    plain = config_of(KVSharing.cla(4, 2), 2)
+    config = dataclasses.replace(plain, rope_scaling=scaling)
+    tokens = reference.tokens_for(config, len(WIDTHS), LENGTH, seed=0)
+    decoder = made(config, "scanned")
+    expected = np.asarray(forward(decoder, tokens))
+    assert relative(forward(made(plain, "scanned"), tokens), expected) > 1e-2
+    run = Run(decoder, tokens)(prefill, [3, 4, 1], LENGTH, all_logits=False)
+    assert run.token_by_token(WIDTHS).error(expected) < FLOAT32
 
 
 # --- any chunking, any rows -----------------------------------------------------------------------
