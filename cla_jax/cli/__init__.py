@@ -8,6 +8,7 @@ import sys
 
 import tyro
 
+from cla_jax.cli.conversion import Convert
 from cla_jax.cli.data import PrepareData, TrainTokenizer
 from cla_jax.cli.inference import Generate
 from cla_jax.cli.models import Diagram, Models
@@ -15,6 +16,7 @@ from cla_jax.cli.planning import Plan
 from cla_jax.cli.training import Report, Train
 
 __all__ = [
+    "Convert",
     "Diagram",
     "Generate",
     "Models",
@@ -42,6 +44,7 @@ def main() -> None:
                 "train-tokenizer": TrainTokenizer,
                 "train": Train,
                 "generate": Generate,
+                "convert": Convert,
                 "plan": Plan,
                 "report": Report,
             },

@@ -29,7 +29,8 @@ class Generate:
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
-    """The run: what `cla-jax train --out`, an experiment or the quickstart left."""
+    """The run: what `cla-jax train --out`, an experiment or the quickstart left; or a Hugging Face
+    checkpoint directory, such as `cla-jax convert --out` writes."""
     prompt: tuple[str, ...] = ()
     """One prompt, or several."""
     prompts: Path | None = None
@@ -54,7 +55,7 @@ class Generate:
     cache_dtype: Literal["bfloat16", "float32"] | None = None
     """Of the K/V cache. Default: that of the activations."""
     tokenizer: str | None = None
-    """For a run that does not hold its own: as for prepare-data."""
+    """For a directory that does not hold its own: as for prepare-data."""
 
     def run(self) -> None:
         """Write them."""

@@ -7,7 +7,16 @@ from cla_jax import cli
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("models",), ("diagram",), ("train",), ("report",), ("generate",), ("plan",)],
+    [
+        (),
+        ("models",),
+        ("diagram",),
+        ("train",),
+        ("report",),
+        ("generate",),
+        ("plan",),
+        ("convert",),
+    ],
 )
 def test_help_gives_an_example(run, command):
     code, out, _ = run(*command, "--help")
@@ -15,7 +24,8 @@ def test_help_gives_an_example(run, command):
     words = out.replace("│", " ").split()
     examples = {"models": "1B/", "diagram": "cla-jax diagram", "train": "cla-jax train",
                 "report": "cla-jax report runs/", "generate": "cla-jax generate runs/mine",
-                "plan": "cla-jax plan --model"}  # fmt: skip
+                "plan": "cla-jax plan --model",
+                "convert": "cla-jax convert EleutherAI/pythia-160m"}  # fmt: skip
     expected = examples[command[0]] if command else "cla-jax train tiny/MQA-CLA2"
     assert expected in " ".join(words)
 
