@@ -13,8 +13,10 @@ import jax
 import numpy as np
 
 from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig
+from cla_jax.conversion import load_huggingface
+from cla_jax.conversion.huggingface import load_config
 from cla_jax.data.prepared import read_tokenizer
-from cla_jax.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_at
+from cla_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, tokenizer_at
 from cla_jax.inference import GenerateConfig, Sampling, check_prompts, generate
 from cla_jax.models import Decoder
 from cla_jax.training.checkpoints import load_params
@@ -168,20 +170,27 @@ def load(
     tokenizer: str | os.PathLike[str] | None = None,
     compute_dtype: ComputeDtype | None = None,
 ) -> TextModel:
-    """A model that `cla-jax train`, an experiment or the quickstart trained.
+    """A model that `cla-jax train`, an experiment or the quickstart trained, or a converted one.
 
-    Takes the newest checkpoint of the run; the training need not be finished.
+    Takes the newest checkpoint of a run, whose training need not be finished; or a Hugging Face
+    checkpoint directory, such as `cla-jax convert` writes.
 
     Args:
-        path: the run's directory, or one below which there is exactly one run.
-        tokenizer: for a run that does not hold its own: `bytes`, a `tokenizers` JSON file or
+        path: the run's directory, or one below which there is exactly one run; or a directory of
+            `config.json` and safetensors.
+        tokenizer: for a directory that does not hold its own: `bytes`, a `tokenizers` JSON file or
             `hf:OWNER/NAME`.
         compute_dtype: of activations and matrix products; by default bfloat16, on a CPU float32.
 
     Raises:
-        ValueError: no run there, or several (names them); no checkpoint; a damaged file; no
-            tokenizer, or another than the run's.
+        ValueError: neither there, or several runs (names them); no checkpoint; a damaged file or a
+            model that is not supported; no tokenizer, or another than the run's.
     """
+    if compute_dtype is None:
+        compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    execution = ExecutionConfig(compute_dtype=compute_dtype)
+    if _is_huggingface(Path(path).expanduser()):
+        return _load_huggingface(Path(path).expanduser(), tokenizer, execution)
     directory = find_run(path)
     record = read_json(directory / "config.json")
     try:
@@ -194,9 +203,7 @@ def load(
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{directory / 'config.json'} is not a run's: {reason}") from None
     text = _tokenizer(directory, {**trained, "fingerprint": fingerprint}, tokenizer)
-    if compute_dtype is None:
-        compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = Model(config, ExecutionConfig(compute_dtype=compute_dtype))
+    model = Model(config, execution)
     like = jax.eval_shape(lambda: model.init(0))
     step, params = load_params(directory / "checkpoints", record["model"], like)
     if not (directory / "result.json").exists():
@@ -231,7 +238,7 @@ def find_run(path: str | os.PathLike[str]) -> Path:
     if not found:
         raise ValueError(
             f"there is no run in {path}: `cla-jax train` leaves config.json and checkpoints in a "
-            "run's directory"
+            "run's directory, a Hugging Face checkpoint is config.json and *.safetensors"
         )
     if len(found) > 1:
         names = "".join(f"\n  {run}" for run in found[:_SHOWN])
@@ -247,6 +254,39 @@ def _is_run(path: Path) -> bool:
     if not (path / "config.json").is_file():
         return False
     return (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()
+
+
+def _is_huggingface(path: Path) -> bool:
+    """Whether a checkpoint lies there that `cla-jax convert` or another program wrote."""
+    return (
+        (path / "config.json").is_file() and not _is_run(path) and any(path.glob("*.safetensors"))
+    )
+
+
+def _load_huggingface(
+    directory: Path, place: str | os.PathLike[str] | None, execution: ExecutionConfig
+) -> TextModel:
+    config, values = load_config(directory)  # before any tensor: the tokenizer may be refused
+    if place is not None:
+        text = tokenizer_at(place)
+    elif not (directory / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{directory} holds no tokenizer.json: name its tokenizer with --tokenizer "
+            "(tokenizer= in Python): bytes, a `tokenizers` JSON file or hf:OWNER/NAME"
+        )
+    else:
+        path = directory / "tokenizer.json"
+        ends = values.get("eos_token_id")
+        end = ends[0] if isinstance(ends, list) and ends else ends
+        text = JsonTokenizer(
+            path.read_bytes(), config.name, end if type(end) is int else None, place=str(path)
+        )
+    if text.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"tokenizer {text.name!r} has {text.vocab_size} ids, more than the "
+            f"{config.vocab_size} of the model in {directory}: it is another model's"
+        )
+    return TextModel(config, load_huggingface(directory).decoder(execution), text)
 
 
 def _nearest(path: Path) -> str:

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import cla_jax
 from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from cla_jax.conversion import HuggingFaceCheckpoint, save_huggingface
 from cla_jax.data import ByteTokenizer, JsonTokenizer, Streams, write_token_stream
 from cla_jax.data.prepared import bind_prepared
 from cla_jax.loading import TextModel, load
@@ -117,6 +118,56 @@ def test_importing_the_package_imports_no_arrays():
     assert found.stdout == "\n"
     assert cla_jax.load is load
     assert cla_jax.TextModel is TextModel
+
+
+# --- Hugging Face directories ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(run, tmp_path):
+    """The run's model as a Hugging Face directory, without a tokenizer."""
+    numpy_params = jax.tree.map(np.asarray, run.params)
+    save_huggingface(HuggingFaceCheckpoint(CONFIG, numpy_params), tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def test_a_hugging_face_directory_writes_what_the_run_writes(run, model, exported):
+    loaded = load(exported, tokenizer="bytes")
+    assert loaded.decoder.execution.compute_dtype == "float32"
+    assert loaded.config.sharing == CONFIG.sharing
+    tokens = jnp.asarray([list(PROMPT.encode())], jnp.int32)
+    np.testing.assert_array_equal(loaded.decoder(tokens), run.model(run.params)(tokens))
+    text = loaded.generate(PROMPT, max_new_tokens=8).text
+    assert text == model.generate(PROMPT, max_new_tokens=8).text
+
+
+def test_its_config_says_which_token_ends_a_document(exported):
+    own = word_tokenizer()  # whose <end> is none of the usual names
+    (exported / "tokenizer.json").write_bytes(own.data)
+    (exported / "checksums.json").unlink()
+    with pytest.raises(ValueError, match=r"none of the end-of-text tokens"):
+        load(exported)
+    for ends in (own.end_of_text, [own.end_of_text, 7]):
+        edit(exported / "config.json", eos_token_id=ends)
+        loaded = load(exported)
+        assert loaded.tokenizer.end_of_text == own.end_of_text
+        assert loaded.tokenizer.encode("that").tolist() == own.encode("that").tolist()
+    edit(exported / "config.json", eos_token_id=9999)
+    with pytest.raises(ValueError, match=r"tokenizer.json has no token of the id 9999"):
+        load(exported)
+
+
+def test_refuses_a_hugging_face_directory_without_its_tokenizer(exported, tmp_path):
+    with pytest.raises(ValueError, match=r"exported holds no tokenizer.json: name its tokenizer"):
+        load(exported)
+    alphabet = {f"w{i}": i for i in range(400)} | {"<|endoftext|>": 400}
+    large = tokenizers.Tokenizer(models.WordLevel(alphabet, "w0"))
+    (tmp_path / "large.json").write_text(large.to_str())
+    with pytest.raises(ValueError, match=r"'large' has 401 ids, more than the 259 of the model"):
+        load(exported, tokenizer=tmp_path / "large.json")
+    (exported / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"model.safetensors"):
+        load(exported, tokenizer="bytes")
 
 
 # --- refusals -------------------------------------------------------------------------------------

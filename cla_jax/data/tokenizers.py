@@ -97,7 +97,8 @@ class JsonTokenizer:
     Args:
         data: the JSON, as UTF-8 bytes.
         name: for people and for directory names.
-        end_of_text: the token that ends a document; by default `<|endoftext|>` or `</s>`.
+        end_of_text: the token that ends a document, or its id; by default `<|endoftext|>` or
+            `</s>`.
         place: where it came from, for messages.
 
     Raises:
@@ -105,7 +106,7 @@ class JsonTokenizer:
     """
 
     def __init__(
-        self, data: bytes, name: str, end_of_text: str | None = None, *, place: str = ""
+        self, data: bytes, name: str, end_of_text: str | int | None = None, *, place: str = ""
     ) -> None:
         import tokenizers
 
@@ -151,7 +152,12 @@ class JsonTokenizer:
         return "".join(texts)
 
 
-def _end_token(vocabulary: dict[str, int], wanted: str | None, place: str) -> str:
+def _end_token(vocabulary: dict[str, int], wanted: str | int | None, place: str) -> str:
+    if isinstance(wanted, int):
+        named = next((token for token, number in vocabulary.items() if number == wanted), None)
+        if named is None:
+            raise ValueError(f"tokenizer {place} has no token of the id {wanted}")
+        return named
     for token in END_OF_TEXT if wanted is None else (wanted,):
         if token in vocabulary:
             return token
