@@ -23,7 +23,6 @@ from cla_jax.conversion.hf_config import from_hf_config, to_hf_config
 from cla_jax.conversion.hub import TOKENIZER_FILES
 from cla_jax.conversion.layouts import Part, TensorSpec, tensor_specs
 from cla_jax.conversion.parameters import (
-    check_params,
     layer_place,
     parameter_shapes,
     to_decoder,
@@ -31,6 +30,7 @@ from cla_jax.conversion.parameters import (
 from cla_jax.conversion.safetensors_io import StoredTensor, TensorToWrite
 from cla_jax.data.files import staged_directory
 from cla_jax.models import Decoder
+from cla_jax.training.initial import check_params
 from cla_jax.training.step import Params
 
 __all__ = [
@@ -144,7 +144,7 @@ def save_huggingface(
     directory, config = Path(directory), checkpoint.config
     check_free(directory)
     specs = tensor_specs(config)
-    check_params(config, checkpoint.params)
+    check_params(checkpoint.params, parameter_shapes(config), config.name)
     tensors = [_to_write(spec, config, checkpoint.params) for spec in specs]
     tensors += [
         TensorToWrite(name, array.nbytes, lambda a=array: a)

@@ -14,6 +14,7 @@ from flax import nnx
 from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.models import Decoder
 from cla_jax.sharing import KVSharing
+from cla_jax.training.initial import check_params
 from cla_jax.training.step import Model, Params
 
 __all__ = ["layer_place", "parameter_shapes", "split_layers", "stack_split_layers", "to_decoder"]
@@ -40,32 +41,9 @@ def to_decoder(
     Raises:
         ValueError: a parameter is missing, not expected, or of another shape; names it.
     """
-    check_params(config, params)
+    check_params(params, parameter_shapes(config), config.name)
     arrays = jax.tree.map(lambda a: jax.numpy.asarray(np.asarray(a, np.float32)), params)
     return Model(config, execution)(arrays)
-
-
-def check_params(config: ModelConfig, params: Params) -> None:
-    """Whether a parameter tree is that of a configuration.
-
-    Raises:
-        ValueError: a parameter is missing, not expected, or of another shape; names it.
-    """
-    expected, found = (
-        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
-         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (parameter_shapes(config), params)
-    )  # fmt: skip
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise ValueError(f"{config.name}: parameter {name} is missing")
-        if name not in expected:
-            raise ValueError(f"{config.name}: parameter {name} does not belong to the model")
-        if found[name] != expected[name]:
-            raise ValueError(
-                f"{config.name}: parameter {name} has the shape {found[name]}; expected "
-                f"{expected[name]}"
-            )
 
 
 def layer_place(sharing: KVSharing, layer: int) -> tuple[int, int, int]:

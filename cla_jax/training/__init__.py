@@ -1,10 +1,12 @@
 """Training: optimizer, step, checkpoints, metrics and the loop."""
 
+from cla_jax.training.initial import InitialParams
 from cla_jax.training.loss import token_losses, weighted_loss
 from cla_jax.training.step import Model, TrainState, init_state, make_train_step
 from cla_jax.training.trainer import Trained, check_run, train
 
 __all__ = [
+    "InitialParams",
     "Model",
     "TrainState",
     "Trained",

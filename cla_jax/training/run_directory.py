@@ -21,6 +21,7 @@ from cla_jax.data.prepared import tokenizer_of
 from cla_jax.data.token_stream import Streams
 from cla_jax.data.tokenizers import Tokenizer
 from cla_jax.training.checkpoints import FORCE_HINT, check_identity
+from cla_jax.training.initial import InitialParams
 
 _PACKAGES = ("cla-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -28,8 +29,16 @@ type Identity = dict[str, dict[str, Any]]
 """What decides a run's numbers, as JSON values by section."""
 
 
-def identity_of(config: ModelConfig, training: TrainConfig, streams: Streams) -> Identity:
-    """Architecture, recipe and data of a run; execution is no part of it, but for the dtype."""
+def identity_of(
+    config: ModelConfig,
+    training: TrainConfig,
+    streams: Streams,
+    initial: InitialParams | None = None,
+) -> Identity:
+    """Architecture, recipe and data of a run; execution is no part of it, but for the dtype.
+
+    Of a run that began with given parameters, their fingerprint is part of the recipe.
+    """
     recipe: dict[str, Any] = {
         "steps": training.steps,
         "seed": training.seed,
@@ -37,6 +46,8 @@ def identity_of(config: ModelConfig, training: TrainConfig, streams: Streams) ->
         "compute_dtype": training.execution.compute_dtype,
     }
     recipe |= {f"optimizer.{k}": v for k, v in dataclasses.asdict(training.optimizer).items()}
+    if initial is not None:
+        recipe["initial_parameters"] = initial.fingerprint
     data = data_fingerprint(streams.train, training.data, jax.process_count())
     data["validation_tokens"] = streams.validation.fingerprint
     identity = {"model": config.to_dict(), "training": recipe, "data": data}

@@ -134,6 +134,10 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], tuple[jax.Array, j
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Step 0."""
-    params = model.init(seed)
+    """Step 0 with random parameters."""
+    return begin_state(model.init(seed), optimizer)
+
+
+def begin_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0 with given parameters: float32 arrays."""
     return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))

@@ -22,6 +22,7 @@ from cla_jax.configs import ModelConfig, TrainConfig
 from cla_jax.data.files import write_bytes, write_json
 from cla_jax.data.token_stream import Streams
 from cla_jax.training.checkpoints import check_identity
+from cla_jax.training.initial import InitialParams
 from cla_jax.training.trainer import check_run, train
 
 __all__ = ["Entry", "Outcome", "Sweep", "failures"]
@@ -35,11 +36,13 @@ class Entry:
         config: the model.
         training: the recipe.
         directory: of the run, inside the sweep's.
+        initial: parameters that it begins with, instead of random ones.
     """
 
     config: ModelConfig
     training: TrainConfig
     directory: str
+    initial: InitialParams | None = None
 
     @property
     def tokens(self) -> int:
@@ -109,7 +112,10 @@ class Sweep:
         """
         for entry in entries:
             place = self.directory / entry.directory
-            check_run(entry.config, entry.training, self.streams, place, resume=True)
+            check_run(
+                entry.config, entry.training, self.streams, place, initial=entry.initial,
+                resume=True,
+            )  # fmt: skip
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / "sweep.json").exists():
             write_json(self.directory / "sweep.json", self._record)
@@ -150,7 +156,10 @@ class Sweep:
     def _train(self, entry: Entry) -> Outcome:
         place = self.directory / entry.directory
         try:
-            trained = train(entry.config, entry.training, self.streams, place, resume=True)
+            trained = train(
+                entry.config, entry.training, self.streams, place, initial=entry.initial,
+                resume=True,
+            )  # fmt: skip
             return Outcome(entry, result=trained.result)
         except FloatingPointError as error:
             message = f"diverged: {error}"

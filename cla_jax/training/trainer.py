@@ -19,6 +19,7 @@ from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
 from cla_jax.training.checkpoints import Checkpoints
 from cla_jax.training.hardware import peak_flops
+from cla_jax.training.initial import InitialParams
 from cla_jax.training.interruption import Interrupted, StopRequest
 from cla_jax.training.loss import check_loss_chunk
 from cla_jax.training.metrics import MetricLog, TrainingProgress, read_metrics
@@ -34,6 +35,7 @@ from cla_jax.training.step import (
     Model,
     Params,
     TrainState,
+    begin_state,
     init_state,
     make_eval_step,
     make_train_step,
@@ -66,6 +68,7 @@ def train(
     streams: Streams,
     directory: str | os.PathLike[str],
     *,
+    initial: InitialParams | None = None,
     resume: bool = False,
     force: bool = False,
 ) -> Trained:
@@ -79,6 +82,8 @@ def train(
         training: the recipe.
         streams: prepared tokens.
         directory: of the run; made if it is missing.
+        initial: parameters to begin with, instead of random ones; their validation loss is the
+            first record, at step 0.
         resume: go on from the newest checkpoint in `directory`; a finished run is loaded. Without
             it, a directory that already holds a run is refused.
         force: resume though recipe or data differ from those of the checkpoint.
@@ -86,14 +91,17 @@ def train(
     Raises:
         ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
             the model's, a stream shorter than one batch, a `loss_chunk` that does not divide the
-            batch, a directory that holds a run (of another configuration, or without `resume`). All
-            of them before anything is written.
+            batch, initial parameters of another model, a directory that holds a run (of another
+            configuration or other initial parameters, or without `resume`). All of them before
+            anything is written.
         FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
             perplexity; nothing of it is saved, checkpoints stay as they are.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
     """
     directory = Path(directory)
-    identity = check_run(config, training, streams, directory, resume=resume, force=force)
+    identity = check_run(
+        config, training, streams, directory, initial=initial, resume=resume, force=force
+    )
     micro_batches = _micro_batches(training)
     trackers = open_trackers(training.trackers, directory)
 
@@ -109,7 +117,11 @@ def train(
         resolved["tokenizer"] = tokenizer_record(tokenizer)
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
-    state = init_state(model, optimizer, training.seed)
+    if initial is None:
+        state = init_state(model, optimizer, training.seed)
+    else:
+        shapes = jax.eval_shape(lambda: model.init(0))
+        state = begin_state(initial.on_device(shapes, config.name), optimizer)
     iterator = iter(batches(streams.train, training.data,
                             process_index=jax.process_index(),
                             process_count=jax.process_count()))  # fmt: skip
@@ -149,6 +161,8 @@ def train(
                 model, training, streams, checkpoints, log, progress, stop,
                 len(state.step.devices()),
             )  # fmt: skip
+            if initial is not None and log.last_step("validation_loss") is None:
+                loop.validate(state)
             if start < training.steps:
                 state = loop.run(state, iterator, make_train_step(model, optimizer, micro_batches))
                 checkpoints.save(state, iterator.get_state())
@@ -166,6 +180,7 @@ def check_run(
     streams: Streams,
     directory: str | os.PathLike[str],
     *,
+    initial: InitialParams | None = None,
     resume: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -182,7 +197,7 @@ def check_run(
         training.execution.loss_chunk,
         _tokens_per_step(training.data) // _micro_batches(training),
     )
-    identity = identity_of(config, training, streams)
+    identity = identity_of(config, training, streams, initial)
     check_directory(Path(directory), identity, resume, force)
     return identity
 

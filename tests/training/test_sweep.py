@@ -44,10 +44,10 @@ def trained(monkeypatch):
     """In place of training: what was trained, and what becomes of it, by directory name."""
     log, fates = [], {}
 
-    def train(config, training, streams, directory, *, resume=False):
+    def train(config, training, streams, directory, *, initial=None, resume=False):
         assert resume
         log.append(directory.name)
-        identity = check_run(config, training, streams, directory, resume=True)
+        identity = check_run(config, training, streams, directory, initial=initial, resume=True)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(identity))
         if directory.name in fates:
