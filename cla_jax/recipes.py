@@ -7,10 +7,21 @@ At `1B` and `3B` they are the paper's (CLA section 3.1 and Table 2). `mini` is f
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from cla_jax.configs import DataConfig, ExecutionConfig, OptimizerConfig, TrainConfig
 
-__all__ = ["RECIPES", "SCALES", "Scale", "chunked", "climb", "mlkv", "next_rate", "recipe"]
+__all__ = [
+    "MLKV_SCALES",
+    "RECIPES",
+    "SCALES",
+    "Scale",
+    "chunked",
+    "climb",
+    "mlkv",
+    "next_rate",
+    "recipe",
+]
 
 _LOSS_CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB of a 50,432-word vocabulary's
 
@@ -30,6 +41,8 @@ class Scale:
         validations: how many, evenly over the run; the last is at its end.
         log_every: steps between metric records.
         execution: how the models are run.
+        packing: of documents into rows.
+        optimizer: all of it but the learning rate.
     """
 
     tokens: int
@@ -42,6 +55,8 @@ class Scale:
     validations: int
     log_every: int
     execution: ExecutionConfig
+    packing: Literal["concat", "first_fit"] = "concat"
+    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009 (frozen)
 
 
 # Whole segments unrolled: worth a quarter of the speed on a GPU (docs/results.md).
@@ -88,7 +103,7 @@ def recipe(
         ValueError: fewer tokens than one step takes.
     """
     size = scale.batch_size if batch_size is None else batch_size
-    data = DataConfig(scale.sequence_length, size, seed=0)
+    data = DataConfig(scale.sequence_length, size, seed=0, packing=scale.packing)
     per_step = size * scale.sequence_length
     wanted = scale.tokens if tokens is None else tokens
     if not wanted >= per_step:
@@ -106,7 +121,10 @@ def recipe(
         micro_batch_size=micro,
         seed=seed,
         data=data,
-        optimizer=OptimizerConfig(scale.learning_rate if learning_rate is None else learning_rate),
+        optimizer=dataclasses.replace(
+            scale.optimizer,
+            learning_rate=scale.learning_rate if learning_rate is None else learning_rate,
+        ),
         execution=chunked(scale.execution, at_once),
         eval_every=-(-steps // scale.validations),
         eval_tokens=scale.validation_tokens,
@@ -161,18 +179,35 @@ def climb(
     return tuple(seen)
 
 
+# MLKV sections 4.3 and 4.4: 2.46 M packed rows of 2048 tokens, 24 a step.
+_UPTRAINING = OptimizerConfig(weight_decay=0.01, warmup_fraction=0.2)
+_MLKV = Scale(
+    tokens=2_460_000 * 2048, sequence_length=2048, batch_size=24, micro_batch=0,
+    learning_rate=6e-4, first_rate=6e-4, validation_tokens=4_000_000, validations=50, log_every=10,
+    execution=_GPU, packing="first_fit", optimizer=_UPTRAINING,
+)  # fmt: skip
+MLKV_SCALES: dict[str, Scale] = {
+    # Twelve heads' attention is what a CPU's time goes to: hence the short rows. A document is a
+    # file, so `first_fit` would keep each one's first line or two: hence `concat`.
+    "tiny": Scale(
+        tokens=80 * 4 * 128, sequence_length=128, batch_size=4, micro_batch=0, learning_rate=3e-3,
+        first_rate=3e-3, validation_tokens=20_000, validations=1, log_every=1,
+        execution=ExecutionConfig(compute_dtype="float32"), optimizer=_UPTRAINING,
+    ),
+    # What it is uptrained from, where nothing was trained before: 13 % on top (MLKV: 5 %).
+    "tiny-source": Scale(
+        tokens=600 * 4 * 128, sequence_length=128, batch_size=4, micro_batch=0, learning_rate=3e-3,
+        first_rate=3e-3, validation_tokens=20_000, validations=3, log_every=1,
+        execution=ExecutionConfig(compute_dtype="float32"), optimizer=_UPTRAINING,
+    ),
+    "160m": _MLKV,
+    "410m": _MLKV,
+}  # fmt: skip
+
+
 def mlkv() -> TrainConfig:
-    """MLKV sections 4.3 and 4.4: uptraining on 2.46 M packed rows of 2048 tokens, 24 a step."""
-    return TrainConfig(
-        steps=round(2.46e6 / 24),
-        data=DataConfig(sequence_length=2048, batch_size=24, packing="first_fit"),
-        optimizer=OptimizerConfig(learning_rate=6e-4, weight_decay=0.01, warmup_fraction=0.2),
-        execution=_GPU,
-        eval_tokens=4_000_000,
-        eval_every=5_000,
-        checkpoint_every=1_000,
-        log_every=10,
-    )
+    """MLKV sections 4.3 and 4.4: uptraining a converted model on 5 % of its corpus."""
+    return recipe(MLKV_SCALES["160m"])
 
 
 RECIPES = {

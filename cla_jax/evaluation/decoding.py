@@ -17,7 +17,14 @@ from cla_jax.inference.planning import MemorySettings, step_reads
 from cla_jax.inference.sampling import row_keys
 from cla_jax.models import Decoder, UnstackedDecoder
 
-__all__ = ["DecodeCosts", "decode_costs", "memory_limit", "random_decoder", "read_bandwidth"]
+__all__ = [
+    "DecodeCosts",
+    "bytes_in_use",
+    "decode_costs",
+    "memory_limit",
+    "random_decoder",
+    "read_bandwidth",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,9 @@ class DecodeCosts:
         step_seconds: median over calls of a step's time within a loop on the device.
         read_bytes: that a step must read: the weights once, K/V once for every layer.
         cache_bytes: of the cache.
+        held_bytes: that the process holds on the device with weights and cache, when nothing
+            runs (`bytes_in_use`).
+        peak_bytes: the most that it has held so far; None where the device does not say.
         temporary_bytes: of the compiled loop, beside its arguments.
         compile_seconds: of the loop.
         attention: the implementation of `decode_attention`.
@@ -44,6 +54,8 @@ class DecodeCosts:
     step_seconds: float
     read_bytes: int
     cache_bytes: int
+    held_bytes: int
+    peak_bytes: int | None
     temporary_bytes: int
     compile_seconds: float
     attention: str
@@ -80,6 +92,7 @@ def decode_costs(
     cache_dtype: str = "bfloat16",
     steps: int = 16,
     repeats: int = 3,
+    warm_up: int | None = None,
 ) -> DecodeCosts:
     """Time `decode_block`, `generate`'s own loop, over a full cache of random K/V.
 
@@ -90,11 +103,12 @@ def decode_costs(
         cache_dtype: of the cache.
         steps: in a timed call.
         repeats: timed calls, after one that is not.
+        warm_up: steps of that one. Default: as many as are timed.
 
     Raises:
         ValueError: a context shorter than the steps.
     """
-    config = decoder.config
+    config, weights = decoder.config, bytes_in_use()
     if context <= steps:
         raise ValueError(f"context {context} must be longer than the {steps} timed steps")
 
@@ -110,25 +124,27 @@ def decode_costs(
 
     lengths = jnp.full((batch,), context - steps, jnp.int32)
     token, done = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
-    rest = (
-        row_keys(0, range(batch)), Sampling().arrays(), jnp.full((1,), -1, jnp.int32),
-        jnp.int32(steps),
-    )  # fmt: skip
+    rest = (row_keys(0, range(batch)), Sampling().arrays(), jnp.full((1,), -1, jnp.int32))
     # Compiled before the cache takes the memory: XLA tries out matrix products as it compiles.
     shapes = jax.eval_shape(full)
     began = time.perf_counter()
-    compiled: Any = decode_block.lower(decoder, shapes, token, done, *rest, size=steps).compile()
+    compiled: Any = decode_block.lower(
+        decoder, shapes, token, done, *rest, jnp.int32(steps), size=steps
+    ).compile()
     compiled_in = time.perf_counter() - began
-    cache = full()
+    others = bytes_in_use()  # the decoder's, and what a row is kept by
+    cache = jax.block_until_ready(full())
+    held = weights + bytes_in_use() - others
     times = list[float]()
-    for _ in range(repeats + 1):
+    for call in range(repeats + 1):
+        count = steps if call or warm_up is None else warm_up
         # The cache was donated; only its lengths are set back.
         cache = dataclasses.replace(cache, lengths=jnp.copy(lengths))
         jax.block_until_ready(cache)
         began = time.perf_counter()
-        _, token, _, cache = compiled(decoder, cache, token, done, *rest)
+        _, token, _, cache = compiled(decoder, cache, token, done, *rest, jnp.int32(count))
         jax.block_until_ready(cache)
-        times.append((time.perf_counter() - began) / steps)
+        times.append((time.perf_counter() - began) / count)
     queries = jax.ShapeDtypeStruct(
         (batch, 1, config.query_heads, config.head_dim), decoder.execution.compute_dtype
     )
@@ -141,6 +157,8 @@ def decode_costs(
         step_seconds=statistics.median(times[1:]),
         read_bytes=step_reads(config, batch, context, settings).total,
         cache_bytes=cache.nbytes,
+        held_bytes=held,
+        peak_bytes=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         compile_seconds=compiled_in,
         attention=choose_implementation(queries, cache.k[0])[0],
@@ -163,6 +181,15 @@ def read_bandwidth(size: int = 2**32, repeats: int = 8) -> float:
             best = max(best, array.nbytes * repeats / (time.perf_counter() - began))
         del array
     return best
+
+
+def bytes_in_use() -> int:
+    """Bytes that this process holds on the first device.
+
+    By the allocator's count; where there is none (CPUs), the sizes of all arrays that are alive.
+    """
+    held = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
+    return sum(array.nbytes for array in jax.live_arrays()) if held is None else held
 
 
 def memory_limit() -> int | None:

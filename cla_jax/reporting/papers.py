@@ -1,7 +1,8 @@
-"""What the CLA paper prints, to stand beside what we measure.
+"""What the papers print, to stand beside what we measure.
 
-Brandon et al. 2024, "Reducing Transformer Key-Value Cache Size with Cross-Layer Attention"
-(arXiv 2405.12981), Tables 1, 3, 5 and 7.
+CLA: Brandon et al. 2024, "Reducing Transformer Key-Value Cache Size with Cross-Layer Attention"
+(arXiv 2405.12981), Tables 1, 3, 5 and 7. MLKV: Zuhri et al. 2024, "MLKV: Multi-Layer Key-Value
+Heads for Memory Efficient Transformer Decoding" (arXiv 2406.09297), Tables 2, 3 and 4.
 """
 
 import dataclasses
@@ -11,6 +12,10 @@ __all__ = [
     "CLA_TABLE_3",
     "CLA_TABLE_5",
     "CLA_TABLE_7",
+    "MLKV_160M",
+    "MLKV_410M",
+    "MLKV_LARGEST_BATCH",
+    "MLKVResult",
     "PaperResult",
     "variant_in_paper",
 ]
@@ -80,6 +85,44 @@ CLA_TABLE_7: dict[str, PaperResult] = {
     "H32-MQA": PaperResult(4096, 1.0e-3, None, 13.34),
 }
 """3B models, 100 B tokens, learning rate 1e-3: the second set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MLKVResult:
+    """A Pythia model of the MLKV paper.
+
+    Attributes:
+        accuracy: average over ARC-e, LAMBADA, PIQA and SciQ, per cent (Tables 3 and 4).
+        loss: at the end of uptraining, nats per token (Table 2); the 410M models' are not printed.
+    """
+
+    accuracy: float
+    loss: float | None = None
+
+
+MLKV_160M: dict[str, MLKVResult] = {
+    "MHA": MLKVResult(52.79),
+    "GQA-48": MLKVResult(50.17, 2.7082),
+    "MLKV-48": MLKVResult(49.29, 2.7656),
+    "MQA-12": MLKVResult(49.43, 2.7505),
+    "MLKV-12": MLKVResult(48.78, 2.8014),
+    "MLKV-6": MLKVResult(49.06, 2.8013),
+    "MLKV-4": MLKVResult(47.31, 2.8261),
+    "MLKV-2": MLKVResult(46.78, 2.8942),
+    "MLKV-1": MLKVResult(41.12, 3.3934),
+}
+"""Pythia-160M, uptrained on 5 % of the Pile; MHA is the model that was converted."""
+
+MLKV_410M: dict[str, MLKVResult] = {
+    "MHA": MLKVResult(63.36),
+    "MQA-24": MLKVResult(54.76),
+    "MLKV-12": MLKVResult(54.02),
+    "MLKV-8": MLKVResult(53.21),
+}
+"""Pythia-410M."""
+
+MLKV_LARGEST_BATCH: dict[str, int] = {"MHA": 48, "MLKV-2": 940, "MLKV-1": 1100}
+"""Pythia-160M at 2048 tokens on a 12 GB GPU (section 5.2); the others are drawn, not printed."""
 
 
 def variant_in_paper(name: str) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting.design_space import write_design_space
+from cla_jax.reporting.inference_costs import write_inference_costs
 from cla_jax.reporting.learning_rates import write_learning_rates
 from cla_jax.reporting.runs import Run, load_run
 from cla_jax.reporting.sweeps import SweepRecord, load_sweep
@@ -25,12 +26,14 @@ from cla_jax.reporting.tables import (
     markdown,
     terminal_table,
 )
+from cla_jax.reporting.uptraining import write_uptraining
 
 __all__ = ["report", "show", "write_comparison"]
 
 _SWEEPS: Mapping[str, Callable[[SweepRecord, Path], Written]] = {
     "cla-design-space": write_design_space,
     "cla-learning-rates": write_learning_rates,
+    "mlkv-uptrain": write_uptraining,
 }
 
 
@@ -42,8 +45,8 @@ def report(
     Runs are set beside each other in one table, the first as the baseline.
 
     Args:
-        directories: sweeps' (`sweep.json`), costs' (`costs.json`) or finished runs'
-            (`result.json`).
+        directories: sweeps' (`sweep.json`), measured costs' (`costs.json`, `inference.json`) or
+            finished runs' (`result.json`).
         out: where to write. Default: a sweep's own directory; for runs `runs/report`. Of several
             sweeps each gets a directory of its name there.
 
@@ -70,6 +73,8 @@ def report(
             jobs.append((lambda to, write=write, sweep=sweep: write(sweep, to), directory))
         elif (directory / "costs.json").exists():
             jobs.append((lambda to, at=directory: write_system_costs(at, to), directory))
+        elif (directory / "inference.json").exists():
+            jobs.append((lambda to, at=directory: write_inference_costs(at, to), directory))
         elif (directory / "result.json").exists():
             runs.append(load_run(directory))
         else:

@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,33 @@ def check_run(
     return identity
 
 
+def validate(
+    config: ModelConfig, training: TrainConfig, streams: Streams, initial: InitialParams
+) -> float:
+    """The mean loss over the validation stream, nats per token, as `train` measures it.
+
+    Raises:
+        ValueError: streams that do not go with the model, parameters of another.
+    """
+    _check_streams(config, training.data, streams)
+    model = Model(config, training.execution)
+    params = initial.on_device(jax.eval_shape(lambda: model.init(0)), config.name)
+    eval_step, total, count = make_eval_step(model), 0.0, 0.0
+    for batch in _validation_batches(training, streams):
+        losses, tokens = eval_step(params, batch)
+        total, count = total + float(losses), count + float(tokens)
+    return total / count
+
+
+def _validation_batches(training: TrainConfig, streams: Streams) -> Iterable[dict[str, Any]]:
+    data = training.data
+    return evaluation_batches(
+        streams.validation, data.sequence_length, training.micro_batch_size or data.batch_size,
+        limit=training.eval_tokens, document_ids=data.document_mask,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+
 def _result(
     config: ModelConfig, training: TrainConfig, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -326,16 +354,8 @@ class _Loop:
         Raises:
             Interrupted: a signal came during the `last` one, whose state is saved already.
         """
-        data = self.training.data
         total = count = 0.0
-        dataset = evaluation_batches(
-            self.streams.validation, data.sequence_length,
-            self.training.micro_batch_size or data.batch_size,
-            limit=self.training.eval_tokens,
-            document_ids=data.document_mask,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
-        for batch in dataset:
+        for batch in _validation_batches(self.training, self.streams):
             if last and self.stop.signal is not None:
                 self._leave(int(state.step))
             losses, tokens = self.eval_step(state.params, batch)

@@ -24,6 +24,7 @@ Budget: four to seven runs a model. The same command goes on where an interrupte
 
 import dataclasses
 import math
+from typing import Literal
 
 import tyro
 
@@ -40,6 +41,8 @@ TINY = ("MQA", "MQA-CLA2")
 class LearningRates(ExperimentOptions):
     """Climb the paper's ladder of learning rates with each model, or train at given ones."""
 
+    scale: Literal["tiny", "mini", "1B", "3B"] = "tiny"
+    """tiny: minutes on a CPU; mini: one GPU; 1B and 3B: the paper's own recipe."""
     start: float | None = None
     """Where the climb begins. Default: 3e-4, the paper's (tiny: 1e-3)."""
     fixed: tuple[float, ...] = ()
