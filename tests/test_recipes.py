@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cla_jax.experiment import ExperimentOptions, open_data
-from cla_jax.recipes import SCALES, chunked, climb, mlkv, next_rate, recipe
+from cla_jax.recipes import MLKV_SCALES, SCALES, chunked, climb, mlkv, next_rate, recipe
 
 
 def test_1b_is_the_papers_recipe():
@@ -55,6 +55,16 @@ def test_mlkv_is_the_papers_recipe():
     optimizer = training.optimizer
     assert (optimizer.learning_rate, optimizer.warmup_fraction) == (6e-4, 0.2)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.01)
+
+
+def test_mlkv_is_the_same_at_both_papers_scales_and_packs_nothing_at_tiny():
+    assert MLKV_SCALES["160m"] == MLKV_SCALES["410m"]
+    tiny, source = (recipe(MLKV_SCALES[name]) for name in ("tiny", "tiny-source"))
+    assert tiny.optimizer == source.optimizer
+    assert tiny.data == source.data  # one order of one set of rows
+    assert tiny.data.packing == "concat"
+    assert tiny.steps / source.steps < 0.15
+    assert mlkv().checkpoint_every < 2500
 
 
 def test_no_chunk_stays_none():

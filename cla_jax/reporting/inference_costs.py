@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from cla_jax import registry
-from cla_jax.inference.sizes import format_size
 from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting._style import (
@@ -276,7 +275,7 @@ def write_inference_costs(directory: Path, out: Path) -> Written:
     rows = variants(record)
     columns = [c for c in COLUMNS if any(c.value(row) is not None for row in rows)]
     points = [point for row in rows for point in row.points]
-    what = f"{record.device}, {format_size(record.memory)}"
+    what = f"{record.device}, {record.memory / 1e9:,.3g} GB"
     document = [
         f"# MLKV Figures 3, 5 and 6: {rows[0].name.partition('/')[0]}",
         "",

@@ -12,7 +12,7 @@ import pytest
 from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from cla_jax.data import ByteTokenizer, Streams, write_token_stream
 from cla_jax.sharing import KVSharing
-from cla_jax.training import InitialParams, Model, train
+from cla_jax.training import InitialParams, Model, train, validate
 from cla_jax.training.initial import params_fingerprint
 from cla_jax.training.metrics import MetricLog, read_metrics
 
@@ -56,6 +56,8 @@ def test_begins_with_them_and_leaves_them_as_they_are(streams, tmp_path):
     run = train(CONFIG, frozen, streams, tmp_path / "run", initial=InitialParams(lambda: given))
     jax.tree.map(np.testing.assert_array_equal, run.params, kept)
     jax.tree.map(np.testing.assert_array_equal, given, kept)
+    initial = InitialParams(lambda: given)
+    assert validate(CONFIG, frozen, streams, initial) == losses(run.directory)[0][1]
     (first, before), (last, after) = losses(run.directory)
     assert (first, last) == (0, 1)
     assert before == after == run.result["validation_loss"]
