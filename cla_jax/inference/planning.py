@@ -37,6 +37,7 @@ __all__ = [
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _FUSED_HEAD_DIM, _FUSED_MULTIPLE = 256, 8  # as in cla_jax.models.attention_path, on Hopper
+_FUSED_ROWS = 65_535  # as in cla_kernels: more rows than a CUDA grid has decode by XLA
 _LIBRARY_BYTES = 64 * 2**20
 
 
@@ -144,7 +145,7 @@ def workspace_bytes(
     D, F, V = config.d_model, config.ffn_dim, config.vocab_size
     compute, cache = settings.compute_element, settings.cache_element
     fused = compute == cache == 2 and H <= _FUSED_HEAD_DIM
-    fused_decode = fused and H % _FUSED_MULTIPLE == 0
+    fused_decode = fused and H % _FUSED_MULTIPLE == 0 and batch <= _FUSED_ROWS
     # A call takes a column of every row at least, and no more than there is.
     prefilled = min(batch * context, max(settings.prefill_tokens, batch))
 

@@ -282,7 +282,7 @@ def write_inference_costs(directory: Path, out: Path) -> Written:
         f"{what}; a cache of {record.options['length']:,} tokens a row, then "
         f"{record.options['new_tokens']} tokens; cache in {record.options['cache_dtype']}. Random "
         f"weights. Memory is counted by: {record.counted}. *Largest batch* is the planner's; "
-        "the last batch measured is 0.98 of it. Workspace (what a step needs while it runs) is "
+        "every batch measured is a share of it. Workspace (what a step needs while it runs) is "
         "not in the other figures.",
         "",
         markdown(rows, columns),

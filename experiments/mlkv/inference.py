@@ -22,6 +22,7 @@ measured, and the same command goes on; `cla-jax report OUT` draws again.
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,6 @@ from cla_jax.experiment import run_experiment
 from cla_jax.registry import match_models, model
 
 TOLERANCE = 0.02
-SHARES = (0.25, 0.5, 0.98)  # of the largest batch
 FEW = 8  # Figure 6
 
 
@@ -64,6 +64,8 @@ class Inference:
     """Tokens that a row's cache holds before. Default: the paper's 2000 (tiny: 208)."""
     new_tokens: int = 48
     """Decoded one by one, and timed."""
+    shares: tuple[float, ...] = (0.25, 0.5, 0.98)
+    """Of the largest batch, that are measured; batch 8, the paper's Figure 6, always is."""
     memory: str | None = None
     """That the planner counts on, as 80GiB. Default: what the device lets JAX have (tiny:
     128MiB)."""
@@ -84,6 +86,9 @@ def main(options: Inference) -> int:
     for field, value in (("length", length), ("new_tokens", new_tokens)):
         if value < 1:
             raise ValueError(f"{field}={value} must be at least 1")
+    for share in options.shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"--shares {share}: expected above 0 and at most 1")
     longest = model(names[0]).sequence_length
     if length + new_tokens > longest:
         raise ValueError(
@@ -103,7 +108,7 @@ def main(options: Inference) -> int:
         "context": length + new_tokens, "cache_dtype": "bfloat16",
         "compute_dtype": setting.compute_dtype,
     }  # fmt: skip
-    session = Session(out, wanted, bytes_)
+    session = Session(out, wanted, bytes_, options.shares)
     failed = sum(not session.measure(model(name)) for name in names)
     show(report([out]))
     record = load_inference(out)
@@ -125,11 +130,14 @@ class Session:
         ValueError: the directory holds measurements under other options.
     """
 
-    def __init__(self, out: Path, options: dict[str, Any], memory: int | None) -> None:
+    def __init__(
+        self, out: Path, options: dict[str, Any], memory: int | None, shares: Sequence[float]
+    ) -> None:
         from cla_jax.reporting.inference_costs import load_inference
         from cla_jax.training.checkpoints import check_identity
 
         self.path, self.options, self.memory = out / "inference.json", options, memory
+        self.shares, self.weight_bytes = shares, 0
         self.record: dict[str, Any] | None = None
         if self.path.exists():
             before = load_inference(out)
@@ -170,8 +178,10 @@ class Session:
         from cla_jax.inference.planning import MemorySettings, largest_batch
 
         settings = MemorySettings(
-            self.options["cache_dtype"], self.options["compute_dtype"], sampling=False
-        )
+            self.options["cache_dtype"], self.options["compute_dtype"],
+            prefill_tokens=1,  # the cache is not prefilled here
+            sampling=False,
+        )  # fmt: skip
         assert self.memory is not None
         return largest_batch(config, self.options["context"], self.memory, settings)
 
@@ -180,7 +190,7 @@ class Session:
         if self.record is None:
             return None
         most = self._largest(config)
-        batches = {max(int(share * most), 1) for share in SHARES}
+        batches = {max(int(share * most), 1) for share in self.shares}
         if most > FEW:
             batches.add(FEW)
         done = {p["batch"] for p in self.record["points"] if p["model"] == config.name}

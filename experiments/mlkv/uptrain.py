@@ -20,6 +20,7 @@ may be added later. `cla-jax report OUT` draws again.
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -105,6 +106,7 @@ def main(options: Uptrain) -> int:
         if failures(outcomes):
             return 1
         checkpoint = own_checkpoint(directory / entry.directory, entry.config)
+    warn_of_another_tokenizer(checkpoint, streams)
     record_source(directory, checkpoint, options, streams, outcomes)
     outcomes += sweep.run(
         [
@@ -175,6 +177,25 @@ def own_checkpoint(directory: Path, config: "ModelConfig") -> "HuggingFaceCheckp
         directory / "checkpoints", config.to_dict(), parameter_shapes(config)
     )  # fmt: skip
     return HuggingFaceCheckpoint(config, jax.tree.map(np.asarray, params))
+
+
+def warn_of_another_tokenizer(checkpoint: "HuggingFaceCheckpoint", streams: "Streams") -> None:
+    """Says so if the tokens are not the source's: a file may differ though its tokens do not."""
+    from cla_jax.data import JsonTokenizer
+
+    for file in checkpoint.tokenizer_files:
+        if file.name == "tokenizer.json":
+            end = streams.train.end_of_text
+            try:
+                own = JsonTokenizer(file.read_bytes(), file.parent.name, end)
+            except ValueError:
+                own = None
+            if own is None or own.fingerprint != streams.train.tokenizer_fingerprint:
+                print(
+                    f"the data was prepared with tokenizer {streams.train.tokenizer!r}, which is "
+                    f"not {file}: if its tokens are others, all losses below are meaningless",
+                    file=sys.stderr,
+                )
 
 
 def record_source(

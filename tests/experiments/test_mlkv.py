@@ -103,11 +103,14 @@ def test_uptrain_killed_and_taken_up_trains_its_own_source_once(text):
 @pytest.mark.slow
 def test_uptrain_from_a_checkpoint(text):
     source = source_at(text / "pythia", "pythia-tiny/MHA", seed=0)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "checksums.json").unlink()
     code, _, err = run(
         "uptrain", "--smoke", "--source", str(source), "--merge", "first", "--models", "MLKV-1",
         "--text", "my.txt", "--out", "out", cwd=text,
     )  # fmt: skip
     assert code == 0, err
+    assert "tokenizer 'bytes', which is not" in err
     assert not (text / "out/MHA").exists()
     assert json.loads((text / "out/source.json").read_text())["name"] == "pythia"
     [row] = table(text / "out/results.csv")
@@ -155,6 +158,7 @@ def test_inference_goes_on_and_its_memory_is_the_formulas(tmp_path):
         ("inference", ["--models", "MLKV"], 1, ["'MLKV' names no model"]),
         ("inference", ["--length", "0"], 1, ["length=0"]),
         ("inference", ["--length", "250"], 1, ["more than the 256", "longest cache is 208"]),
+        ("inference", ["--shares", "1.5"], 1, ["--shares 1.5"]),
         ("inference", ["--memory", "80Gb"], 1, ["'80Gb'", "GB"]),
     ],
 )

@@ -156,6 +156,13 @@ def test_the_check_refuses_exactly_what_does_not_fit(config, settings, batch, le
             planning.check_fits(config, batch, length, memory_bytes=memory, **arguments)
 
 
+def test_more_rows_than_a_cuda_grid_has_hold_their_scores():
+    config = model("pythia-160m/MLKV-1")
+    fused, more = (planning.workspace_bytes(config, 65_535 + n, 2048) for n in (0, 1))
+    scores = 65_536 * 2 * config.query_heads * 2048 * 4
+    assert more - fused > scores
+
+
 def test_the_check_names_the_knobs():
     config, memory = model("1B/H128-MQA-CLA2"), 20 * GB
     with pytest.raises(ValueError, match="1B/H128-MQA-CLA2: batch 512 at context 8,192") as refused:

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 
 from cla_jax import model
@@ -55,12 +56,11 @@ def test_slopes_beside_the_formula(directory):
 
 def test_the_figure_draws_both_up_to_the_limit(directory):
     upper, lower = inference_costs(variants(load_inference(directory))).axes
-    lines = {line.get_label(): list(line.get_xdata()) for line in upper.lines}
+    lines = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in upper.lines}
     assert lines["MHA"] == [8, 50, 100]
-    assert [list(line.get_xdata()) for line in upper.lines if line.get_marker() == "x"] == [
-        [100], [900]
-    ]  # fmt: skip
-    assert list(lower.lines[0].get_ydata()) == [800, 5000, 10_000]
+    crosses = [line for line in upper.lines if line.get_marker() == "x"]
+    assert [np.asarray(line.get_xdata()).tolist() for line in crosses] == [[100], [900]]
+    assert np.asarray(lower.lines[0].get_ydata()).tolist() == [800, 5000, 10_000]
 
 
 def test_a_single_batch_has_no_slope(directory):

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 
 from cla_jax.reporting.report import report
@@ -71,9 +72,15 @@ def test_the_figure_has_our_panels_and_the_papers(sweep):
     for axes in (before, after, papers):
         assert axes.get_xscale() == "log"
         assert list(axes.xaxis.get_major_locator()()) == [6, 12, 48, 144]
-    ours = {tuple(line.get_xdata()): list(line.get_ydata()) for line in after.lines}
+    ours = {
+        tuple(np.asarray(line.get_xdata()).tolist()): np.asarray(line.get_ydata()).tolist()
+        for line in after.lines
+    }
     assert ours[(12, 48)] == pytest.approx([2.7, 2.9])
-    assert [list(line.get_ydata()) for line in papers.lines] == [[2.7505, 2.7082], [2.8013]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in papers.lines] == [
+        [2.7505, 2.7082],
+        [2.8013],
+    ]
 
 
 def test_410m_has_accuracies_alone(sweep):
