@@ -234,7 +234,7 @@ def inference_costs(rows: Sequence[Variant], *, subtitle: str = "") -> Figure:
     gap = 30.0
     with matplotlib.rc_context(STYLE):
         made = canvas(
-            f"{rows[0].name.partition('/')[0]}: decoding {rows[0].context:,} tokens a row",
+            f"{rows[0].name.partition('/')[0]}: a cache of {rows[0].context:,} tokens a row",
             subtitle, left=60.0, height=2 * HEIGHT - 10,
             right=float(max(text_width(name, LABEL) for name in names) + 34),
             width=WIDTH + 20,

@@ -5,7 +5,7 @@ tokens one by one. Expected: memory rises by the K/V of a row (KV bytes per toke
 GB GPU the largest batch of Pythia-160M is 48, of MLKV-2 940, of MLKV-1 1100; at batch 8 sharing
 makes no difference to tokens/s.
 
-    python experiments/mlkv/inference.py                   # tiny, any machine: two minutes
+    python experiments/mlkv/inference.py                   # tiny, any machine: minutes
     python experiments/mlkv/inference.py --scale 160m      # one GPU: Figures 3 and 6
     python experiments/mlkv/inference.py --scale 410m      # one GPU: Figure 5
     python experiments/mlkv/inference.py --smoke --models MHA MLKV-1      # seconds
