@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -147,18 +148,15 @@ class KVCache:
             kv: of consecutive rows, rounded to the cache's dtype here.
             first_row: the first of those rows.
         """
-        at, layer = self.stack(slot)
         rows = first_row + jnp.arange(kv.k.shape[0], dtype=jnp.int32)
         positions = self.lengths[rows][:, None] + jnp.arange(kv.k.shape[1], dtype=jnp.int32)[None]
 
-        def put(stacks: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
+        def put(stack: Any, layer: Any, new: Any) -> Any:
             # A scatter by rows: rows are of different lengths, and it copies nothing.
-            written = stacks[at].at[layer, rows[:, None], positions].set(
-                new.astype(stacks[at].dtype), mode="drop", unique_indices=True
-            )  # fmt: skip
-            return (*stacks[:at], written, *stacks[at + 1 :])
+            at = stack.at[layer, rows[:, None], positions]
+            return at.set(new, mode="drop", unique_indices=True)
 
-        return KVCache(put(self.k, kv.k), put(self.v, kv.v), self.lengths)
+        return self._with(slot, kv, put)
 
     def begin(
         self, slot: int | Int[Array, ""], kv: KV, first_row: int | Int[Array, ""] = 0
@@ -170,15 +168,23 @@ class KVCache:
             kv: of consecutive rows, rounded to the cache's dtype here; `T` is at most `S`.
             first_row: the first of those rows.
         """
+
+        def put(stack: Any, layer: Any, new: Any) -> Any:
+            return jax.lax.dynamic_update_slice(stack, new[None], (layer, first_row, 0, 0, 0))
+
+        return self._with(slot, kv, put)
+
+    def _with(
+        self, slot: int | Int[Array, ""], kv: KV, put: Callable[[Any, Any, Any], Any]
+    ) -> "KVCache":
+        """With one KV layer's K/V written: `put(stack, layer, new)` returns the stack."""
         at, layer = self.stack(slot)
 
-        def put(stacks: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
-            written = jax.lax.dynamic_update_slice(
-                stacks[at], new.astype(stacks[at].dtype)[None], (layer, first_row, 0, 0, 0)
-            )
+        def replaced(stacks: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
+            written = put(stacks[at], layer, new.astype(self.dtype))
             return (*stacks[:at], written, *stacks[at + 1 :])
 
-        return KVCache(put(self.k, kv.k), put(self.v, kv.v), self.lengths)
+        return KVCache(replaced(self.k, kv.k), replaced(self.v, kv.v), self.lengths)
 
     def rows(self, slot: int | Int[Array, ""], first_row: int | Int[Array, ""], count: int) -> KV:
         """K/V `[count, S, K, H]` of some rows of one KV layer: a copy."""

@@ -126,7 +126,7 @@ def generate(
     if config.max_new_tokens:
         length = _cache_length(decoder.config, ids, config)
         with _memory_advice(decoder.config, len(ids), length):
-            for number, new in _decoded(decoder, ids, config, rows, first_row):
+            for number, new in _decoded(decoder, ids, config, rows, length, first_row):
                 text = rows[number].add(new)
                 if on_tokens and new:
                     on_tokens(number, new)
@@ -214,11 +214,11 @@ def _decoded(
     prompts: list[np.ndarray],
     config: GenerateConfig,
     rows: list[_Row],
+    length: int,
     first_row: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """New tokens of the rows, block by block, until every row is finished."""
     decoder = decoder.unstacked()
-    length = _cache_length(decoder.config, prompts, config)
     cache_dtype = config.cache_dtype or decoder.execution.compute_dtype
     check_fits(
         decoder.config,
