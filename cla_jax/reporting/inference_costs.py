@@ -258,6 +258,11 @@ def inference_costs(rows: Sequence[Variant], *, subtitle: str = "") -> Figure:
         _set_axes(lower, "Tokens/s")
         lower.set_xlabel("Batch, log scale  (red cross: no larger one fits)")
         lower.set_xlim(upper.get_xlim())
+        # 1, 2, 5 to a decade, while there is room for them.
+        first, last = np.log10(upper.get_xlim())
+        subs = (1.0, 2.0, 5.0) if last - first < 3 else (1.0,)
+        for axes in (upper, lower):
+            axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
         upper.legend(
             loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=LABEL, handlelength=1.8,
             labelspacing=0.3,
@@ -306,6 +311,5 @@ def _set_axes(axes: Axes, label: str, *, bytes_: bool = False) -> None:
     axes.yaxis.set_major_formatter(
         EngFormatter("B", places=0) if bytes_ else FuncFormatter(lambda y, _: f"{y:,.0f}")
     )
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
