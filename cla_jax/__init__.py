@@ -13,22 +13,34 @@ Key-Value sharing (MLKV, Zuhri et al. 2024).
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cla_jax.configs import ExecutionConfig, ModelConfig
+from cla_jax.configs import AttentionConfig, ExecutionConfig, ModelConfig
 from cla_jax.registry import model, model_names
 from cla_jax.sharing import KVSharing
 
 if TYPE_CHECKING:
+    from cla_jax.inference import KVCache, extend_layers
     from cla_jax.loading import TextModel, load
-    from cla_jax.models import Decoder, KVProjection, QueryAttention, scan_layers, stack_layers
+    from cla_jax.models import (
+        KV,
+        Decoder,
+        KVProjection,
+        QueryAttention,
+        scan_layers,
+        stack_layers,
+    )
 
 __all__ = [
+    "AttentionConfig",
     "Decoder",
     "ExecutionConfig",
+    "KV",
+    "KVCache",
     "KVProjection",
     "KVSharing",
     "ModelConfig",
     "QueryAttention",
     "TextModel",
+    "extend_layers",
     "load",
     "model",
     "model_names",
@@ -40,6 +52,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Arrays only when asked for: the sharing maps and the papers' figures need no JAX.
     if name in __all__:
-        module = "loading" if name in ("TextModel", "load") else "models"
-        return getattr(importlib.import_module(f"cla_jax.{module}"), name)
+        rooms = {"TextModel": "loading", "load": "loading", "KVCache": "inference",
+                 "extend_layers": "inference"}  # fmt: skip
+        return getattr(importlib.import_module(f"cla_jax.{rooms.get(name, 'models')}"), name)
     raise AttributeError(f"module 'cla_jax' has no attribute {name!r}")

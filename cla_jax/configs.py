@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from cla_jax.sharing import KVSharing
 
 __all__ = [
+    "AttentionConfig",
     "DataConfig",
     "ExecutionConfig",
     "ModelConfig",
@@ -64,6 +65,41 @@ class RopeScaling:
             raise ValueError(
                 f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
                 f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Sizes of a layer's attention: what `KVProjection` and `QueryAttention` are built from.
+
+    Attributes:
+        d_model: width of the residual stream, `D`.
+        query_heads: `N`; need not be `d_model / head_dim`.
+        kv_heads: `K`; divides `query_heads`.
+        head_dim: `H`.
+        use_bias: biases on the projections.
+        init_std: standard deviation of the initial weights.
+
+    Raises:
+        ValueError: a size that is not positive, heads that do not divide.
+    """
+
+    d_model: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    use_bias: bool = False
+    init_std: float = 0.01275
+
+    def __post_init__(self) -> None:
+        for field in ("d_model", "query_heads", "kv_heads", "head_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be positive")
+        if self.query_heads % self.kv_heads:
+            nearest = nearest_divisor(self.query_heads, self.kv_heads)
+            raise ValueError(
+                f"kv_heads={self.kv_heads} does not divide query_heads={self.query_heads}; the "
+                f"nearest that does is {nearest}"
             )
 
 
@@ -125,22 +161,27 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.rotary_dim is None:
             object.__setattr__(self, "rotary_dim", self.head_dim)
-        for field in ("d_model", "ffn_dim", "query_heads", "kv_heads", "head_dim", "vocab_size",
-                      "sequence_length"):  # fmt: skip
+        for field in ("ffn_dim", "vocab_size", "sequence_length"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{self.name}: {field}={getattr(self, field)} must be positive")
-        if self.query_heads % self.kv_heads:
-            nearest = nearest_divisor(self.query_heads, self.kv_heads)
-            raise ValueError(
-                f"{self.name}: kv_heads={self.kv_heads} does not divide "
-                f"query_heads={self.query_heads}; the nearest that does is {nearest}"
-            )
+        try:
+            _ = self.attention
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         if self.rotary % 2 or not 0 <= self.rotary <= self.head_dim:
             nearest = min(max(self.rotary - self.rotary % 2, 0), self.head_dim // 2 * 2)
             raise ValueError(
                 f"{self.name}: rotary_dim={self.rotary} must be even and at most "
                 f"head_dim={self.head_dim}; the nearest is {nearest}"
             )
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """Of every layer."""
+        return AttentionConfig(
+            d_model=self.d_model, query_heads=self.query_heads, kv_heads=self.kv_heads,
+            head_dim=self.head_dim, use_bias=self.use_bias, init_std=self.init_std,
+        )  # fmt: skip
 
     @property
     def rotary(self) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from cla_jax.configs import ModelConfig
 from cla_jax.models import KV
+from cla_jax.sharing import KVSharing
 
 CACHE_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -74,15 +75,44 @@ class KVCache:
         Raises:
             ValueError: a size that is not positive, an unknown dtype.
         """
-        for name, value in (("batch", batch), ("length", length)):
+        return cls.of_layers(
+            config.sharing, batch, length, kv_heads=config.kv_heads, head_dim=config.head_dim,
+            dtype=dtype, stacked=stacked,
+        )  # fmt: skip
+
+    @classmethod
+    def of_layers(
+        cls,
+        sharing: KVSharing,
+        batch: int,
+        length: int,
+        *,
+        kv_heads: int,
+        head_dim: int,
+        dtype: str = "bfloat16",
+        stacked: bool = False,
+    ) -> "KVCache":
+        """`create`, for layers that are not a `Decoder`'s: see `extend_layers`.
+
+        Args:
+            sharing: the layers' map.
+            batch: rows.
+            length: tokens that a row has room for.
+            kv_heads: `K` of every layer.
+            head_dim: `H`.
+            dtype: bfloat16, float16 or float32.
+            stacked: one stack of all KV layers, rather than one of each.
+        """
+        sizes = {"batch": batch, "length": length, "kv_heads": kv_heads, "head_dim": head_dim}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"a KV cache of {name} {value}: expected at least 1")
         check_dtype(dtype)
-        in_stack = config.kv_layers if stacked else 1
-        shape = (in_stack, batch, length, config.kv_heads, config.head_dim)
+        in_stack = sharing.kv_layers if stacked else 1
+        shape = (in_stack, batch, length, kv_heads, head_dim)
         # Distinct arrays throughout: a donated buffer can be given away only once.
         k, v = (
-            tuple(jnp.zeros(shape, dtype) for _ in range(config.kv_layers // in_stack))
+            tuple(jnp.zeros(shape, dtype) for _ in range(sharing.kv_layers // in_stack))
             for _ in range(2)
         )
         return cls(k, v, jnp.zeros((batch,), jnp.int32))
@@ -96,6 +126,11 @@ class KVCache:
     def length(self) -> int:
         """Tokens that a row has room for, `S`."""
         return self.k[0].shape[2]
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that have an entry, `G`."""
+        return sum(stack.shape[0] for stack in self.k)
 
     @property
     def dtype(self) -> Any:
@@ -113,7 +148,7 @@ class KVCache:
         Raises:
             ValueError: it is not; names what differs.
         """
-        layers = sum(stack.shape[0] for stack in self.k)
+        layers = self.kv_layers
         *_, kv_heads, head_dim = self.k[0].shape
         found = {"KV layers": layers, "KV heads": kv_heads, "head dim": head_dim}
         wanted = {

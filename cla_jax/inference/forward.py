@@ -16,19 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cla_kernels import decode_attention
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from cla_jax.inference.cache import KVCache
-from cla_jax.models import KV, Decoder, attend, attend_behind
+from cla_jax.inference.entries import DECODE_QUERIES, attend_cached
+from cla_jax.models import KV, Decoder, attend
 from cla_jax.models.rotary import Rotary, rotary
 
 type Row = int | Int[Array, ""]
-
-# Queries a row up to which attention reads the cache as it lies; more are a chunk of a prompt,
-# which is bound by arithmetic and goes through the fused kernel of whole sequences.
-DECODE_QUERIES = 8
 
 
 def prefill(
@@ -170,10 +166,9 @@ def _forward(
             at: Row = at,
             seen: jax.Array = seen,
         ) -> Float[Array, "b T N H"]:
-            if q.shape[1] <= DECODE_QUERIES:
-                return decode_attention(q, k, v, seen, layer=at)
-            kv = KV(k[at].astype(q.dtype), v[at].astype(q.dtype))
-            return attend(q, kv) if begins else attend_behind(q, kv, starts)
+            if begins and q.shape[1] > DECODE_QUERIES:
+                return attend(q, KV(k[0].astype(q.dtype), v[0].astype(q.dtype)))
+            return attend_cached(q, k, v, seen, at)
 
         with jax.named_scope(f"layer_{index}"):
             x = layer.read(x, h, read, angles)

@@ -6,25 +6,52 @@ Axes: `B` batch, `T` query length, `S` key length, `N` query heads, `K` KV heads
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from cla_jax.configs import ExecutionConfig, ModelConfig
+from cla_jax.configs import AttentionConfig, ExecutionConfig
 from cla_jax.models.rotary import Rotary, rotate
 from cla_jax.models.sharding import constrain, named
 
 _CUDNN_HEAD_DIM_MULTIPLE = 8
 
 
+@runtime_checkable
+class Appendable[E](Protocol):
+    """What an owner's new K/V can be put behind: an entry of a cache."""
+
+    def append(self, kv: "KV", /) -> E:
+        """With the K/V of new tokens behind those that are there."""
+        ...
+
+
 class KV(NamedTuple):
-    """Keys, already rotated, and values of one owner."""
+    """Keys, already rotated, and values of one owner.
+
+    What an owner hands to its readers when whole sequences are run; decoding hands them an entry of
+    the cache (`cla_jax.inference.CacheEntry`), which is read by the same `attend`.
+    """
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
+
+    def behind[E](self, cached: Appendable[E] | None) -> "KV | E":
+        """These K/V, put behind what is cached: the owner's line of a layer `(x, kv) -> (x, kv)`.
+
+        Args:
+            cached: what the owner was given: None in a forward pass over whole sequences, which
+                returns these K/V as they are, or an entry of a cache, which is returned with them
+                appended.
+        """
+        return self if cached is None else cached.append(self)
+
+    def attend(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """Causal attention of whole sequences over these K/V: see `cla_jax.models.attend`."""
+        return attend(q, self)
 
 
 type Attend = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
@@ -155,9 +182,16 @@ class KVProjection(nnx.Module):
     """What makes a layer an owner: projects its input to keys and values and rotates the keys.
 
     The keys are rotated here, once, before anything reads or caches them.
+
+    Args:
+        config: the sizes.
+        execution: of which the compute dtype is used.
+        rngs: random streams for the initial parameters.
     """
 
-    def __init__(self, config: ModelConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: AttentionConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs
+    ) -> None:
         shape = (config.d_model, 2, config.kv_heads, config.head_dim)
         self.projection = nnx.Einsum(
             "BTD,DCKH->BTCKH",
@@ -170,10 +204,17 @@ class KVProjection(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "B T D"], angles: Rotary) -> KV:
-        """Rotated keys and values `[B, T, K, H]` of a (normalised) input."""
+    def __call__(self, x: Float[Array, "B T D"], angles: Rotary | None = None) -> KV:
+        """Keys and values `[B, T, K, H]` of a (normalised) input.
+
+        Args:
+            x: the input.
+            angles: by which the keys are rotated; None: not at all.
+        """
         kv = self.projection(x)
-        k, v = rotate(kv[:, :, 0], angles), kv[:, :, 1]
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        if angles is not None:
+            k = rotate(k, angles)
         axes = ("batch", "length", "kv_heads", "head_dim")
         return KV(constrain(k, *axes), constrain(v, *axes))
 
@@ -182,9 +223,16 @@ class QueryAttention(nnx.Module):
     """The query side, which every layer has: projects queries, attends to given K/V, projects back.
 
     `N * H` need not equal `D`.
+
+    Args:
+        config: the sizes.
+        execution: of which the compute dtype is used.
+        rngs: random streams for the initial parameters.
     """
 
-    def __init__(self, config: ModelConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: AttentionConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs
+    ) -> None:
         heads, dtype = (config.query_heads, config.head_dim), jnp.dtype(execution.compute_dtype)
         init = nnx.initializers.normal(config.init_std)
         self.query = nnx.Einsum(
@@ -209,9 +257,18 @@ class QueryAttention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, angles: Rotary
+        self, x: Float[Array, "B T D"], attend: Attend, angles: Rotary | None = None
     ) -> Float[Array, "B T D"]:
-        """Attention output `[B, T, D]` of a (normalised) input; `attend` reads an owner's K/V."""
+        """Attention output `[B, T, D]` of a (normalised) input.
+
+        Args:
+            x: the input.
+            attend: reads an owner's K/V, such as `kv.attend`.
+            angles: by which the queries are rotated; None: not at all.
+        """
         axes = ("batch", "length", "heads", "head_dim")
-        q = constrain(rotate(self.query(x), angles), *axes)
+        q = self.query(x)
+        if angles is not None:
+            q = rotate(q, angles)
+        q = constrain(q, *axes)
         return self.out(constrain(attend(q), *axes))

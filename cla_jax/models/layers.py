@@ -32,9 +32,9 @@ class DecoderLayer(nnx.Module):
     ) -> None:
         self.parallel_residual = config.parallel_residual
         self.attention_norm = Norm(config, execution, rngs=rngs)
-        self.attention = QueryAttention(config, execution, rngs=rngs)
+        self.attention = QueryAttention(config.attention, execution, rngs=rngs)
         self.kv_projection = nnx.data(
-            KVProjection(config, execution, rngs=rngs) if owns_kv else None
+            KVProjection(config.attention, execution, rngs=rngs) if owns_kv else None
         )
         own_norm = owns_kv and config.separate_kv_norm
         self.kv_norm = nnx.data(Norm(config, execution, rngs=rngs) if own_norm else None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from cla_jax.configs import ExecutionConfig, Remat
@@ -93,9 +94,11 @@ def scan_layers[X](
         `x` after the last layer.
 
     Raises:
-        ValueError: an owner returned None, or `layers` was stacked for another map.
+        ValueError: an owner returned None, a layer changes the shape or dtype of `x`, `layers` was
+            stacked for another map, or holds state that a scan cannot update (random streams, as
+            of dropout; batch statistics; a cache).
     """
-    _check_stacked(sharing, layers)
+    check_layers(sharing, layers)
     last_read = {owner: reader for reader, owner in enumerate(sharing.owners)}
     available: dict[int, Any] = {}
     for segment, stacked in zip(sharing.segments, layers, strict=True):
@@ -155,8 +158,9 @@ def _run_segment(
 
     # The exported K/V ride in the carry; each step overwrites them before anything reads them, so
     # the compiler drops all but the last and the backward pass saves none.
-    _, shapes = jax.eval_shape(body, x, _at(stacked, 0))
-    empty = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
+    after, shapes = jax.eval_shape(body, x, _at(stacked, 0))
+    _check_kept(x, after)
+    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def step(carry: tuple[Any, Any], parameters: list[Any]) -> tuple[tuple[Any, Any], None]:
         return body(carry[0], parameters), None
@@ -186,7 +190,13 @@ def _at(stacked: Any, repeat: int) -> Any:
     return jax.tree.map(lambda a: a[repeat], stacked)
 
 
-def _check_stacked(sharing: KVSharing, layers: Layers) -> None:
+def check_layers(sharing: KVSharing, layers: Layers) -> None:
+    """Whether `layers` are parameters of that map's layers, stacked.
+
+    Raises:
+        ValueError: they were stacked for another map, or hold state that a pure function of
+            parameters cannot update: it would be lost without a word.
+    """
     expected = [(segment.period, segment.repeats) for segment in sharing.segments]
     found = [
         (
@@ -200,3 +210,24 @@ def _check_stacked(sharing: KVSharing, layers: Layers) -> None:
             f"layers are stacked as (period, repeats) {found}; the sharing map "
             f"{sharing.owners} needs {expected}: build them with stack_layers"
         )
+    variables = jax.tree_util.tree_leaves_with_path(
+        [list(stacked) for stacked in layers], is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    for path, variable in variables:
+        if isinstance(variable, nnx.RngState | nnx.BatchStat | nnx.Cache):
+            where = jax.tree_util.keystr(path[2:])
+            raise ValueError(
+                f"a layer holds {type(variable).__name__} at {where}, which changes from call to "
+                "call and would be lost here: carry it in x (for dropout, a key that every layer "
+                "splits)"
+            )
+
+
+def _check_kept(before: Any, after: Any) -> None:
+    """Whether a repeat of layers keeps the structure, shapes and dtypes of `x`."""
+
+    def types(tree: Any) -> Any:
+        return jax.tree.map(lambda a: f"{jnp.result_type(a)}{list(jnp.shape(a))}", tree)
+
+    if (given := types(before)) != (returned := types(after)):
+        raise ValueError(f"x goes into the layers as {given} and comes out as {returned}")

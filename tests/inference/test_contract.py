@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig, RopeScaling
 from cla_jax.inference.cache import KVCache
-from cla_jax.inference.forward import DECODE_QUERIES, extend, prefill
+from cla_jax.inference.entries import DECODE_QUERIES
+from cla_jax.inference.forward import extend, prefill
 from cla_jax.models import Decoder, UnstackedDecoder
 from cla_jax.sharing import KVSharing
 from tests.models import reference

@@ -1,0 +1,151 @@
+"""A cache for layers of the form `(x, kv) -> (x, kv)`, whoever wrote them.
+
+`extend_layers` is to decoding what `scan_layers` is to whole sequences: it hands every layer the
+K/V that the sharing map gives it. These are now entries of a cache. An owner puts the new tokens'
+K/V behind its entry (`KV(...).behind(kv)`), and it and its readers attend to what it returns
+(`kv.attend(q)`), by the same lines that run whole sequences.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cla_kernels import decode_attention
+from jaxtyping import Array, Float, Int
+
+from cla_jax.inference.cache import KVCache
+from cla_jax.models import KV, attend_behind, unstack_layer
+from cla_jax.models.stack import LayerFn, Layers, check_layers
+from cla_jax.sharing import KVSharing
+
+# Queries a row up to which attention reads the cache as it lies; more are a chunk of a prompt,
+# which is bound by arithmetic and goes through the fused kernel of whole sequences.
+DECODE_QUERIES = 8
+
+
+def attend_cached(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "G B S K H"],
+    v: Float[Array, "G B S K H"],
+    seen: Int[Array, "B"],
+    layer: int | Int[Array, ""] = 0,
+) -> Float[Array, "B T N H"]:
+    """Causal attention of the last `T` of `seen` tokens of each row over a stack of cached K/V."""
+    if q.shape[1] <= DECODE_QUERIES:
+        return decode_attention(q, k, v, seen, layer=layer)
+    kv = KV(k[layer].astype(q.dtype), v[layer].astype(q.dtype))
+    return attend_behind(q, kv, seen - jnp.int32(q.shape[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheEntry:
+    """K/V of one owner in a cache: what an owner is given, appends to and hands to its readers.
+
+    Attributes:
+        cache: in which it lies, with what was appended; its lengths do not count that yet.
+        slot: which of the cache's KV layers it is (`KVSharing.cache_slots`).
+        appended: tokens of each row that were appended.
+    """
+
+    cache: KVCache
+    slot: int
+    appended: int = 0
+
+    @property
+    def lengths(self) -> Int[Array, "B"]:
+        """Tokens of each row that were cached before: the position of its first new token."""
+        return self.cache.lengths
+
+    def append(self, kv: KV, /) -> "CacheEntry":
+        """With the K/V `[B, T, K, H]` of new tokens, rounded to the cache's dtype.
+
+        Raises:
+            ValueError: K/V of other rows, heads or head dim than the cache's; a second time.
+        """
+        if self.appended:
+            raise ValueError("K/V were appended to this entry before: an owner appends once a call")
+        B, T, K, H = kv.k.shape
+        _, rows, _, heads, head_dim = self.cache.k[0].shape
+        if (rows, heads, head_dim) != (B, K, H) or kv.v.shape != kv.k.shape:
+            raise ValueError(
+                f"K/V {kv.k.shape} and {kv.v.shape} for a cache of {rows} rows, {heads} KV heads "
+                f"and head dim {head_dim}: expected [{rows}, T, {heads}, {head_dim}] for both"
+            )
+        return dataclasses.replace(self, cache=self.cache.write(self.slot, kv), appended=T)
+
+    def attend(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """Causal attention of the new tokens' queries over all that the entry holds.
+
+        Raises:
+            ValueError: the K/V of the queries' tokens were not appended.
+        """
+        if q.shape[1] != self.appended:
+            raise ValueError(
+                f"{q.shape[1]} queries a row attend to an entry to which {self.appended} were "
+                "appended: an owner returns KV(k, v).behind(kv), and attends to that"
+            )
+        stack, layer = self.cache.stack(self.slot)
+        seen = self.lengths + jnp.int32(self.appended)
+        return attend_cached(q, self.cache.k[stack], self.cache.v[stack], seen, layer)
+
+
+def extend_layers[X](
+    layer: LayerFn[X, Any],
+    sharing: KVSharing,
+    layers: Layers,
+    x: X,
+    cache: KVCache,
+    widths: Int[Array, "B"] | None = None,
+) -> tuple[X, KVCache]:
+    """Run new tokens through every layer, behind those that are cached: prefill or decoding.
+
+    The layers are those of `scan_layers`, but an owner is given its `CacheEntry` rather than None.
+    A token's position in its row is `cache.lengths[b] + t`. Jit it, and donate the cache. The
+    layers are unrolled: that decodes faster than a scan, and compiles longer.
+
+    Args:
+        layer: `layer(parameters, x, kv) -> (x, kv)`.
+        sharing: the map.
+        layers: stacked parameters, as for `scan_layers`.
+        x: of `T` new tokens a row; any pytree.
+        cache: `KVCache.of_layers`, with room for them: tokens for which a row has none are dropped.
+        widths: how many of the `T` tokens are the row's, where rows are padded on the right;
+            default all.
+
+    Returns:
+        `x` after the last layer, and the cache with the new tokens' K/V in it.
+
+    Raises:
+        ValueError: a cache of another number of KV layers; an owner that returns anything but its
+            entry with new K/V appended; see `scan_layers` too.
+    """
+    check_layers(sharing, layers)
+    if cache.kv_layers != sharing.kv_layers:
+        raise ValueError(
+            f"a cache of {cache.kv_layers} KV layers for a map with {sharing.kv_layers} owners"
+        )
+    entries: dict[int, CacheEntry] = {}
+    appended = 0
+    for index, slot in enumerate(sharing.cache_slots):
+        parameters = unstack_layer(layers, sharing, index)
+        with jax.named_scope(f"layer_{index}"):
+            if not sharing.owns(index):
+                # In the cache as it is now: an older one kept alive would be a copy of it.
+                x, _ = layer(parameters, x, dataclasses.replace(entries[slot], cache=cache))
+                continue
+            x, entry = layer(parameters, x, CacheEntry(cache, slot))
+        if not isinstance(entry, CacheEntry) or not entry.appended:
+            given = "its entry as it was" if isinstance(entry, CacheEntry) else type(entry).__name__
+            raise ValueError(
+                f"layer {index} is an owner but returned {given}: with a cache it returns "
+                "KV(k, v).behind(kv)"
+            )
+        if appended not in (0, entry.appended):
+            raise ValueError(
+                f"layer {index} appended {entry.appended} tokens a row, those before it {appended}"
+            )
+        entries[slot], cache, appended = entry, entry.cache, entry.appended
+    widths = jnp.full((cache.batch,), appended, np.int32) if widths is None else widths
+    return x, cache.grown(widths)
