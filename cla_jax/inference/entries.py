@@ -7,7 +7,7 @@ K/V behind its entry (`KV(...).behind(kv)`), and it and its readers attend to wh
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from cla_kernels import decode_attention
 from jaxtyping import Array, Float, Int
 
 from cla_jax.inference.cache import KVCache
-from cla_jax.models import KV, attend_behind, unstack_layer
+from cla_jax.models import KV, attend_behind, scan_layers, unstack_layer
 from cla_jax.models.stack import LayerFn, Layers, check_layers
 from cla_jax.sharing import KVSharing
 
@@ -91,6 +91,11 @@ class CacheEntry:
         return attend_cached(q, self.cache.k[stack], self.cache.v[stack], seen, layer)
 
 
+@overload
+def extend_layers[X](
+    layer: LayerFn[X, Any], sharing: KVSharing, layers: Layers, x: X, cache: None
+) -> tuple[X, None]: ...
+@overload
 def extend_layers[X](
     layer: LayerFn[X, Any],
     sharing: KVSharing,
@@ -98,7 +103,15 @@ def extend_layers[X](
     x: X,
     cache: KVCache,
     widths: Int[Array, "B"] | None = None,
-) -> tuple[X, KVCache]:
+) -> tuple[X, KVCache]: ...
+def extend_layers[X](
+    layer: LayerFn[X, Any],
+    sharing: KVSharing,
+    layers: Layers,
+    x: X,
+    cache: KVCache | None,
+    widths: Int[Array, "B"] | None = None,
+) -> tuple[X, KVCache | None]:
     """Run new tokens through every layer, behind those that are cached: prefill or decoding.
 
     The layers are those of `scan_layers`, but an owner is given its `CacheEntry` rather than None.
@@ -111,16 +124,19 @@ def extend_layers[X](
         layers: stacked parameters, as for `scan_layers`.
         x: of `T` new tokens a row; any pytree.
         cache: `KVCache.of_layers`, with room for them: tokens for which a row has none are dropped.
+            None: `x` is whole sequences, and `scan_layers` runs them.
         widths: how many of the `T` tokens are the row's, where rows are padded on the right;
             default all.
 
     Returns:
-        `x` after the last layer, and the cache with the new tokens' K/V in it.
+        `x` after the last layer, and the cache with the new tokens' K/V in it, or None.
 
     Raises:
         ValueError: a cache of another number of KV layers; an owner that returns anything but its
             entry with new K/V appended; see `scan_layers` too.
     """
+    if cache is None:
+        return scan_layers(layer, sharing, layers, x), None
     check_layers(sharing, layers)
     if cache.kv_layers != sharing.kv_layers:
         raise ValueError(
