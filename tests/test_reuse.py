@@ -166,9 +166,8 @@ def test_errors_that_name_the_layer():
     layers = stack_layers(Sum, sharing, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 3, 8))
 
-    def cache(sharing: KVSharing = sharing, **changes: int) -> KVCache:
-        sizes = {"kv_heads": 1, "head_dim": 8} | changes
-        return KVCache.of_layers(sharing, 2, 6, dtype="float32", **sizes)
+    def cache(sharing: KVSharing = sharing, kv_heads: int = 1) -> KVCache:
+        return KVCache.of_layers(sharing, 2, 6, kv_heads=kv_heads, head_dim=8, dtype="float32")
 
     with pytest.raises(ValueError, match="layer 0 is an owner but returned KV: with a cache"):
         extend_layers(forgetful, sharing, layers, x, cache())
