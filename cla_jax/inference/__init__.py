@@ -3,6 +3,7 @@
 from cla_jax.inference.cache import KVCache
 from cla_jax.inference.forward import extend, prefill
 from cla_jax.inference.generation import Continuation, GenerateConfig, check_prompts, generate
+from cla_jax.inference.inspection import attention_weights
 from cla_jax.inference.sampling import Sampling
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "GenerateConfig",
     "KVCache",
     "Sampling",
+    "attention_weights",
     "check_prompts",
     "extend",
     "generate",
