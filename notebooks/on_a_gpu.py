@@ -61,12 +61,14 @@ plans = [
     MemoryPlan(config, 1, CONTEXT, memory) for config in planning.variants(model("1B/H128-MQA"))
 ]
 plans.insert(0, MemoryPlan(model("1B/H128-MHA"), 1, CONTEXT, memory))
-display(planning.capacity(plans))
+gain = plans[2].largest_batch / plans[1].largest_batch
+title = f"At {CONTEXT:,} tokens, CLA2 fits {gain:.2f} times as many rows as MQA"
+display(planning.capacity(plans, title=title))
 
 # %% [markdown]
-# The last two columns are the floor of a decoding step at the largest batch, at 3.35 TB/s (an
-# H100's data sheet): a step reads every weight once, and once more K/V for every layer, readers
-# too. Sharing across layers makes room for more rows; it does not make a row's reads fewer.
+# The last two columns are the floor of a decoding step at the largest batch, at 3.35 TB/s (the
+# data sheet of an H100). A step reads every weight once, and K/V once for every layer, readers
+# too: sharing across layers makes room for more rows, it does not make a row's reads fewer.
 
 # %%
 display(Markdown(markdown(plans, planning.columns(1, CONTEXT, 3_350_000_000_000))))

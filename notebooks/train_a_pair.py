@@ -118,9 +118,10 @@ display(figures.pareto(runs))
 #
 # ## Let it write
 #
-# Greedy decoding with the CLA2 model's three-layer cache. After so few steps it knows what Python
-# looks like, not what it means.
+# With the CLA2 model's three-layer cache. After so few steps it knows what Python looks like, not
+# what it means.
 
 # %%
-written = load(trained[1].directory).generate("class Reader:\n    def ", max_new_tokens=120)
+reader = load(trained[1].directory)
+written = reader.generate("class Reader:\n    def ", max_new_tokens=120, temperature=0.7, top_k=20)
 print(written.prompt + written.text)

@@ -78,7 +78,11 @@ class LiveCurves:
         styles = list(line_styles(shares))
         with matplotlib.rc_context(STYLE):
             made = canvas(
-                _title([*runs], [float(tokens[-1]) / self._tokens for tokens, _ in curves]),
+                _title(
+                    [*runs],
+                    [float(tokens[-1]) / self._tokens for tokens, _ in curves],
+                    [float(mean[-1]) for mean in means],
+                ),
                 f"light: training loss; line: the mean of {_WINDOW} records; marks: validation "
                 "loss",
                 right=float(max(text_width(label, LABEL) for label in labels) + 16),
@@ -107,9 +111,9 @@ class LiveCurves:
         return made.figure
 
 
-def _title(names: Sequence[str], done: Sequence[float]) -> str:
+def _title(names: Sequence[str], done: Sequence[float], losses: Sequence[float]) -> str:
     if min(done) >= 1:
-        return f"{', '.join(names)}: trained"
+        return f"Trained to a loss of {' and '.join(f'{loss:.2f}' for loss in losses)}"
     under_way = min(range(len(names)), key=lambda i: done[i])
     return f"{names[under_way]}: {done[under_way]:.0%} of its tokens"
 
