@@ -46,6 +46,7 @@ from cla_jax.reporting.uptraining import COLUMNS, Source, Uptrained, uptraining
 from cla_jax.training import InitialParams, train
 
 work = Path(tempfile.mkdtemp())
+jax.config.update("jax_compilation_cache_dir", str(work / "xla"))  # both merges compile once
 
 # %% [markdown]
 # ## A checkpoint
@@ -146,7 +147,8 @@ display(Markdown(markdown(rows, kept)))
 # ## Save it
 #
 # `transformers` cannot express shared K/V, so the saved config has a model type of its own and the
-# map under the name that the CLA authors use. `cla_jax.load` reads it.
+# map under the name that the CLA authors use. `cla_jax.load` reads it. (What it writes is what a
+# few seconds of training make of a small model.)
 
 # %%
 chosen = uptrained["MLKV-3", "mean"]

@@ -118,7 +118,7 @@ print(f"largest difference of the logits of row 0: {float(difference):.1e}")
 # each looks elsewhere.
 
 # %%
-text = "def read(self, size=None):\n    "
+text = "def read(self, size):\n  "
 weights = attention_weights(decoder, jnp.array([list(text.encode())], jnp.int32))
 characters = [{" ": "␣", "\n": "↵"}.get(character, character) for character in text]
 display(attention_maps([np.asarray(w) for w in weights], config.sharing, 0, characters))

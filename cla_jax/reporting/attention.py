@@ -52,13 +52,13 @@ def attention_maps(
     heads, length, _ = maps[0].shape
     if len(tokens) != length:
         raise ValueError(f"{len(tokens)} tokens were given for maps of {length}")
-    gap, size, label = 8.0, 430.0 / heads, 44.0
-    height = len(layers) * (size + gap) + 78
+    gap, size, label = 8.0, 480.0 / heads, 44.0
+    height = len(layers) * (size + gap) + 62
     with matplotlib.rc_context(STYLE):
         made = canvas(
             title or _title(maps, layers),
             "query heads from left to right; a query's row of weights sums to 1; darker is more",
-            left=label, bottom=38.0, right=6.0, width=label + heads * (size + gap) + 6,
+            left=label, bottom=28.0, right=6.0, width=label + heads * (size + gap) + 6,
             height=height,
         )  # fmt: skip
         left, bottom, _, _ = made.room
@@ -109,7 +109,11 @@ def _set_ticks(
         spine.set_visible(True)
         spine.set_color("#cccccc")
     named = range(len(tokens)) if len(tokens) <= _LABELLED else ()
-    font = {"fontsize": min(6.5, 1.25 * size / len(tokens)), "family": "DejaVu Sans Mono"}
+    cell = size / len(tokens)
     shown = [tokens[i] for i in named]
-    axes.set_yticks([*named] if rows else [], shown if rows else [], **font)
-    axes.set_xticks([*named] if columns else [], shown if columns else [], **font)
+    # A character is higher than wide.
+    for ticks, wanted, share in ((axes.set_yticks, rows, 1.0), (axes.set_xticks, columns, 1.3)):
+        ticks(
+            [*named] if wanted else [], shown if wanted else [],
+            fontsize=min(6.5, share * cell), family="DejaVu Sans Mono",
+        )  # fmt: skip

@@ -16,7 +16,8 @@ def test_a_row_of_panels_for_owner_and_readers():
     assert len(figure.axes) == 3 * 2
     labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
     assert labels == ["layer 0 owns\nquery", "layer 1 reads\nquery", "layer 3 reads\nquery"]
-    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), np.sqrt(WEIGHTS[0][0, 0]))
+    drawn = np.asarray(figure.axes[0].images[0].get_array())
+    np.testing.assert_allclose(drawn, np.sqrt(WEIGHTS[0][0, 0]))
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert shown == list("hello")
     assert "layers 1 and 3 share 100% and 100%" in figure.texts[0].get_text().replace("\n", " ")

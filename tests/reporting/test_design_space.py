@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.text import Annotation
 
@@ -98,7 +99,7 @@ def test_refuses(write_run, tmp_path):
 def test_the_papers_own_figure():
     figure = paper_design_space()
     marks = [line for line in figure.axes[0].lines if line.get_marker() in ("s", "o")]
-    assert {line.get_label(): len(line.get_xdata()) for line in marks} == {
+    assert {line.get_label(): len(np.asarray(line.get_xdata())) for line in marks} == {
         "with cross-layer sharing": 13,
         "without": 7,
     }

@@ -16,6 +16,7 @@ from matplotlib.text import Annotation
 
 from cla_jax.reporting import Curve, Run
 from cla_jax.reporting import figures as drawing
+from cla_jax.reporting._style import Picture
 
 
 def run(name: str, kv_bytes: int, shares: bool, perplexity: float, records: int = 60) -> Run:
@@ -164,6 +165,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
 
 def test_a_notebook_shows_what_save_writes(tmp_path):
     figure = drawing.pareto(TWO)
+    assert isinstance(figure, Picture)
     data, metadata = figure._repr_mimebundle_()
     image = base64.b64decode(data["image/png"])
     assert image.startswith(b"\x89PNG")
