@@ -97,9 +97,9 @@ def test_executes(name, tmp_path):
     }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment["TMPDIR"] = str(tmp_path)  # where it trains
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=300", "-q",
+    command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=600", "-q",
                "-p", "no:cacheprovider", str(FOLDER / f"{name}.ipynb")]  # fmt: skip
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
