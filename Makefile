@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all test-parity lint format lock clean-venv
+.PHONY: help quickstart test test-all test-parity notebooks lint format lock clean-venv
 
 help:
 	@echo "cla-jax: cross-layer key/value sharing in JAX"
@@ -26,6 +26,7 @@ help:
 	@echo "  make test                   the fast tests; ARGS='tests/test_sharing.py -k segments' narrows them"
 	@echo "  make test-all               those and the slow ones (CLA_JAX_TEST_GPU=1: on the GPU as well)"
 	@echo "  make test-parity            checkpoints against the real transformers, in an environment of their own (.venv-parity)"
+	@echo "  make notebooks              make the notebooks anew from their .py texts and save what they show; ARGS=on_a_gpu: one"
 	@echo "  make lint                   ruff, formatting, types, import arrows"
 	@echo "  make format                 let ruff format and fix what it can"
 	@echo "  make lock                   rewrite the locks from pyproject.toml; UPGRADE=1 takes newer versions"
@@ -47,6 +48,11 @@ test-all: $(VENV)/.stamp-dev
 # of this project. PARITY_PYTHON=PATH makes it with another Python.
 test-parity: $(VENV)/.stamp-dev $(PARITY)/.stamp
 	CLA_JAX_PARITY_PYTHON=$(PARITY)/bin/python $(BIN)/pytest -m transformers $(ARGS)
+
+# A notebook is written as its .py; the .ipynb beside it is made of that. `make test-all` executes the
+# notebooks too, and saves nothing.
+notebooks: $(VENV)/.stamp-dev
+	$(BIN)/python .ci/execute_notebooks.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -31,6 +31,8 @@ def matched_config(config: ModelConfig, source: ModelConfig) -> ModelConfig:
     """
     for name in model_names():
         scale, _, variant = name.partition("/")
+        if not scale.startswith("pythia-"):
+            continue  # CLA's models are not widened: their widths match nothing
         known = model(name)
         unshared = f"{scale}/MHA"
         if (

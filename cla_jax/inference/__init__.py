@@ -4,6 +4,7 @@ from cla_jax.inference.cache import KVCache
 from cla_jax.inference.entries import CacheEntry, extend_layers
 from cla_jax.inference.forward import extend, prefill
 from cla_jax.inference.generation import Continuation, GenerateConfig, check_prompts, generate
+from cla_jax.inference.inspection import attention_weights
 from cla_jax.inference.sampling import Sampling
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "GenerateConfig",
     "KVCache",
     "Sampling",
+    "attention_weights",
     "check_prompts",
     "extend",
     "extend_layers",

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from cla_jax.registry import model
 from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting._pareto import Point, draw_pareto
@@ -18,7 +19,14 @@ from cla_jax.reporting.runs import Run
 from cla_jax.reporting.sweeps import SweepRecord
 from cla_jax.reporting.tables import Column, Written, csv_text, markdown, terminal_table
 
-__all__ = ["COLUMNS", "DesignPoint", "design_points", "design_space", "write_design_space"]
+__all__ = [
+    "COLUMNS",
+    "DesignPoint",
+    "design_points",
+    "design_space",
+    "paper_design_space",
+    "write_design_space",
+]
 
 _REFERENCE = "H128-MQA"  # whose perplexity the others are compared with, here and in the paper
 
@@ -151,6 +159,25 @@ def design_space(points: Sequence[DesignPoint], *, title: str | None = None) -> 
         upper.set_xlabel("")
         upper.set_ylabel("Validation perplexity, ours")
         lower.set_ylabel("Validation perplexity, the paper's")
+    return made.figure
+
+
+def paper_design_space(*, title: str | None = None) -> Figure:
+    """CLA Figure 3 as the paper has it: perplexity against KV bytes per token of its 1B models."""
+    papers = [
+        Point(f"1B/{variant}", result.kv_bytes_per_token, _perplexity(result), shares)
+        for variant, result in CLA_TABLE_1.items()
+        for sharing in [model(f"1B/{variant}").sharing]
+        for shares in [sharing.kv_layers < sharing.num_layers]
+    ]
+    with matplotlib.rc_context(STYLE):
+        made = canvas(
+            title or "Up to 20 KiB per token, the frontier lies lower with cross-layer sharing",
+            "CLA Table 1: 1B models, 30 B tokens, learning rate 3e-4; lines: Pareto frontiers",
+            height=HEIGHT + 40,
+        )
+        left, bottom, width, height = made.room
+        draw_pareto(made.axes(left, bottom, width, height - 12), papers)  # the legend
     return made.figure
 
 

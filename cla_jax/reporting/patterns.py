@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cla_jax.configs import ModelConfig
+from cla_jax.reporting._style import Picture
 from cla_jax.sharing import KVSharing
 
 __all__ = ["patterns"]
@@ -39,7 +40,7 @@ def patterns(models: Sequence[ModelConfig]) -> Figure:
     deepest = max(config.num_layers for config in models)
     with matplotlib.rc_context(_STYLE):
         size = (0.6 + 1.02 * len(models), 0.95 + 0.135 * deepest)
-        figure = Figure(figsize=size, facecolor="white")
+        figure = Picture(figsize=size, facecolor="white")
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set_xlim(-0.62, len(models) - 0.45)
         axes.set_ylim(-3.4, deepest + 2.4)

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,6 +47,20 @@ def open_trackers(names: Sequence[Tracker], directory: Path) -> list[OpenTracker
             ) from None
     openers = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
     return [openers[name](directory) for name in names]
+
+
+class Listener:
+    """A function that is told every record, as a tracker."""
+
+    def __init__(self, listen: Callable[[dict[str, Any]], None]) -> None:
+        self._listen = listen
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Tell it."""
+        self._listen(record)
+
+    def close(self) -> None:
+        """There is nothing to bring to disk."""
 
 
 class _TensorBoard:

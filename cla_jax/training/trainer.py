@@ -5,12 +5,13 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from cla_jax.configs import DataConfig, ModelConfig, TrainConfig, nearest_divisor
 from cla_jax.data.files import append_json, write_json
@@ -41,7 +42,7 @@ from cla_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
-from cla_jax.training.trackers import open_trackers
+from cla_jax.training.trackers import Listener, open_trackers
 
 _LARGEST_LOSS = 700.0  # nats: whose exponential is still a float
 
@@ -72,6 +73,7 @@ def train(
     initial: InitialParams | None = None,
     resume: bool = False,
     force: bool = False,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trained:
     """Train a model, or take up a run where its last checkpoint left it.
 
@@ -88,6 +90,8 @@ def train(
         resume: go on from the newest checkpoint in `directory`; a finished run is loaded. Without
             it, a directory that already holds a run is refused.
         force: resume though recipe or data differ from those of the checkpoint.
+        on_record: told every record of `metrics.jsonl` as it is written, instead of the progress
+            on standard error: for curves that are drawn while a model trains.
 
     Raises:
         ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
@@ -105,6 +109,10 @@ def train(
     )
     micro_batches = _micro_batches(training)
     trackers = open_trackers(training.trackers, directory)
+    console = None
+    if on_record is not None:
+        trackers.append(Listener(on_record))
+        console = Console(quiet=True)
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
     resolved = {
@@ -153,7 +161,7 @@ def train(
         with (
             StopRequest() as stop,
             MetricLog(directory / "metrics.jsonl", resume_step=start, trackers=trackers) as log,
-            TrainingProgress(config.name, training.steps, start) as progress,
+            TrainingProgress(config.name, training.steps, start, console) as progress,
         ):
             progress.say(f"{config.name}: attention {resolved['attention']}")
             if start:

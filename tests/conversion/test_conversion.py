@@ -46,6 +46,14 @@ def as_pythia(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, name="pythia", sequence_length=2048, norm_epsilon=1e-5)
 
 
+def test_a_source_that_has_an_unwidened_twin_in_the_registry_is_matched_all_the_same():
+    source = model("tiny/MHA")
+    config = converted_config(source, KVSharing.none(6), 1, match_params=True)
+    assert config.ffn_dim > model("tiny/MQA").ffn_dim
+    step = dataclasses.replace(config, ffn_dim=config.ffn_dim + 1).parameters - config.parameters
+    assert abs(config.parameters - source.parameters) <= step / 2
+
+
 @pytest.mark.parametrize("variant", TABLE_2)
 def test_matched_parameters_are_those_of_mlkv_table_2(variant: str):
     source = as_pythia(model("pythia-160m/MHA"))

@@ -3,12 +3,18 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.text import Annotation
 
 from cla_jax import model
 from cla_jax.reporting import papers
-from cla_jax.reporting.design_space import design_points, design_space, write_design_space
+from cla_jax.reporting.design_space import (
+    design_points,
+    design_space,
+    paper_design_space,
+    write_design_space,
+)
 from cla_jax.reporting.sweeps import load_sweep
 
 SWEEP = "cla-design-space"
@@ -88,3 +94,12 @@ def test_refuses(write_run, tmp_path):
         design_points([other])
     with pytest.raises(ValueError, match=r"sweep\.json is missing"):
         load_sweep(tmp_path)
+
+
+def test_the_papers_own_figure():
+    figure = paper_design_space()
+    marks = [line for line in figure.axes[0].lines if line.get_marker() in ("s", "o")]
+    assert {line.get_label(): len(np.asarray(line.get_xdata())) for line in marks} == {
+        "with cross-layer sharing": 13,
+        "without": 7,
+    }

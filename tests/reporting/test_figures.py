@@ -1,6 +1,8 @@
 """Figures: the frontier against brute force; files that are whole, readable and repeatable."""
 
+import base64
 import itertools
+import struct
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -14,6 +16,7 @@ from matplotlib.text import Annotation
 
 from cla_jax.reporting import Curve, Run
 from cla_jax.reporting import figures as drawing
+from cla_jax.reporting._style import Picture
 
 
 def run(name: str, kv_bytes: int, shares: bool, perplexity: float, records: int = 60) -> Run:
@@ -158,3 +161,16 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
         drawing.save(drawing.pareto(TWO), tmp_path / "figure")
     assert png.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_notebook_shows_what_save_writes(tmp_path):
+    figure = drawing.pareto(TWO)
+    assert isinstance(figure, Picture)
+    data, metadata = figure._repr_mimebundle_()
+    image = base64.b64decode(data["image/png"])
+    assert image.startswith(b"\x89PNG")
+    shown = metadata["image/png"]
+    width, height = struct.unpack(">II", image[16:24])
+    assert (width, height) == pytest.approx((2 * shown["width"], 2 * shown["height"]), abs=2)
+    # The ticks, made when a figure is drawn, have the look of this family too.
+    assert {label.get_fontsize() for label in figure.axes[0].get_xticklabels()} == {7.5}

@@ -136,6 +136,17 @@ def test_metrics(straight):
     assert [r["step"] for r in records if "validation_loss" in r] == [3, 6, 9, 12]
 
 
+def test_who_listens_hears_every_record_instead_of_the_progress(streams, tmp_path, capsys):
+    heard = []
+    training = dataclasses.replace(TRAINING, steps=4)
+    train(CONFIG, training, streams, tmp_path / "run", on_record=heard.append)
+    assert heard == read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in heard if "loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in heard if "validation_loss" in r] == [3, 4]
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
 def test_loss_falls(straight):
     losses = [r["loss"] for r in numbers(straight.directory) if "loss" in r]
     assert losses[0] == pytest.approx(math.log(257), abs=0.05)
