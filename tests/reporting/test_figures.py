@@ -158,3 +158,17 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
         drawing.save(drawing.pareto(TWO), tmp_path / "figure")
     assert png.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_a_suffix_is_the_format_written(tmp_path: Path, suffix: str):
+    written = drawing.save(drawing.pareto(TWO), tmp_path / f"figure{suffix}")
+    assert [*tmp_path.iterdir()] == [*written] == [tmp_path / f"figure{suffix}"]
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
+    assert written[0].read_bytes().startswith(start)
+
+
+def test_refuses_a_suffix_that_is_no_format(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"\.jpg; expected \.png, \.svg or \.pdf"):
+        drawing.save(drawing.pareto(TWO), tmp_path / "figure.jpg")
+    assert not any(tmp_path.iterdir())
