@@ -60,7 +60,7 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.stamp-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 	@echo "build/docs/index.html"
 
 # The development lock is the run-time lock and more, at the same versions. Needs uv alone, so that a

@@ -60,6 +60,7 @@ LANGUAGES = {
 }  # what is not sh or python is prose
 INSTANT = {"models", "diagram", "plan", "doctor"}
 SHOWN = re.compile(r"(?:```)?\n\n```text\n(.*?)```", re.DOTALL)  # behind a block of Python
+RUN_BY = {"docs/reuse.md": "tests/test_reuse.py"}  # which needs what the page's Python leaves
 CUT = ("--training.steps", "3", "--training.data.sequence-length", "32",
        "--training.eval-tokens", "64")  # fmt: skip
 TEXT = "the cat sat on the mat, and the dog lay under it.\n" * 200
@@ -279,7 +280,7 @@ def with_python(*, slow: bool) -> list[str]:
         document
         for document in DOCUMENTS
         if "```python" in (text := (ROOT / document).read_text("utf-8"))
-        and (not slow or SLOW in text)
+        and (SLOW in text if slow else not (ROOT / RUN_BY.get(document, "none")).exists())
     ]
 
 
