@@ -12,7 +12,6 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +27,8 @@ ROOMS = {
     "cla_jax.reporting": "cla_jax/reporting",
     "cla_kernels": "kernels/cla_kernels",
 }
-ORDER = ("index.md", "architecture.md", "reuse.md", "experiments.md", "results.md",
-         "paper-notes.md", "launching.md")  # fmt: skip
+ORDER = ("architecture.md", "reuse.md", "experiments.md", "results.md", "paper-notes.md",
+         "launching.md")  # fmt: skip
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)]*)?(\))")
 
 
@@ -54,9 +53,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     others = sorted(
         file.src_uri
         for file in files.documentation_pages()
-        if file.src_uri not in ORDER and not file.src_uri.startswith("api/")
+        if file.src_uri not in ("index.md", *ORDER) and not file.src_uri.startswith("api/")
     )
-    config.nav = [*pages, *others, {"API": [f"api/{room}.md" for room in ROOMS]}]
+    api = [{room: f"api/{room}.md"} for room in ROOMS]
+    config.nav = [{"cla-jax": "index.md"}, *pages, *others, {"API": api}]
     return files
 
 
@@ -73,16 +73,6 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"{opening}{relative}{anchor or ''}{closing}"
 
     return LINK.sub(moved, markdown)
-
-
-def on_nav(nav: Navigation, *, config: MkDocsConfig, files: Files) -> Navigation:
-    """API pages are called by their module."""
-    for page in nav.pages:
-        if page.file.src_uri.startswith("api/"):
-            page.title = page.file.src_uri.removeprefix("api/").removesuffix(".md")
-        elif page.file.src_uri == "index.md":
-            page.title = "cla-jax"
-    return nav
 
 
 def _base(file: File) -> Path:
