@@ -49,15 +49,8 @@ MODULES = sorted(
     for path in (root / ("cla_jax" if root == ROOT else "cla_kernels")).rglob("*.py")
     if ">>> " in path.read_text("utf-8")
 )
-LANGUAGES = {
-    "sh",
-    "python",
-    "text",
-    "json",
-    "toml",
-    "yaml",
-    "",
-}  # what is not sh or python is prose
+# What is neither sh nor python is prose.
+LANGUAGES = {"sh", "python", "text", "json", "toml", "yaml", ""}
 INSTANT = {"models", "diagram", "plan", "doctor"}
 SHOWN = re.compile(r"(?:```)?\n\n```text\n(.*?)```", re.DOTALL)  # behind a block of Python
 RUN_BY = {"docs/reuse.md": "tests/test_reuse.py"}  # which needs what the page's Python leaves
@@ -104,6 +97,7 @@ def commands_of(document: str, text: str, line: int) -> list[Command]:
         if pending.endswith("\\"):
             pending = pending[:-1]
             continue
+        pending = re.sub(r"^([A-Z_]+=\S* )+", "", pending)  # environment variables
         words, comment = shlex.split(pending, comments=True), pending.partition(" # ")[2]
         if words:
             found.append(Command(document, number, tuple(words), comment))
@@ -161,6 +155,10 @@ def options_of(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], start: C
     monkeypatch.setattr(extras, "subcommand_cli_from_dict",
                         stopping(extras.subcommand_cli_from_dict))  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(words))
+    if "--help" in words:
+        with pytest.raises(SystemExit, match=r"^0?$"):
+            start()
+        return None
     with pytest.raises(Parsed) as caught:
         start()
     monkeypatch.undo()
@@ -178,7 +176,7 @@ def check_make(words: tuple[str, ...]) -> None:
 def check_foreign(words: tuple[str, ...]) -> None:
     """Another program: it exists, and its help names the options."""
     name = Path(words[0]).name
-    if name in ("python3", "pip"):  # this Python's
+    if name in ("python", "python3", "pip"):  # this Python's
         module = words[2] if words[1] == "-m" else "pip"
         rest = words[3:] if words[1] == "-m" else words[1:]
         call = [sys.executable, "-m", module]
@@ -199,11 +197,9 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
     words = command.words
     if command.program == "make":
         check_make(words[1:])
-    elif "--help" in words:
-        assert command.runs_at_once
     elif command.program == "cla-jax":
         options_of(monkeypatch, words, cli.main)
-    elif command.program == "python":
+    elif command.program == "python" and words[1] != "-m":
         script = ROOT / words[1]
         assert script.is_file()
         start = lambda: runpy.run_path(str(script), run_name="__main__")  # noqa: E731
