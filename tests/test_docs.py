@@ -225,7 +225,8 @@ def run(command: Command, folder: Path, *more: str) -> None:
         call = [str(ROOT / words[0]), *words[1:]]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
-        [sys.executable, *call], cwd=folder, env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, *call], cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},  # not those of the tests
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, f"{name_of(command)}\n{done.stdout}\n{done.stderr}"

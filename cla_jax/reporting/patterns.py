@@ -14,7 +14,7 @@ from cla_jax.sharing import KVSharing
 
 __all__ = ["patterns"]
 
-TITLE = "Layers that own keys and values have them cached; the others read an owner's"
+TITLE = "Only owners' keys and values are cached; the other layers read them"
 
 _UNSHARED = "#0b62a4"
 _GROUPS = ("#c1440e", "#e8912d")  # alternating, so that neighbouring groups stay apart
@@ -48,7 +48,7 @@ def patterns(models: Sequence[ModelConfig], *, title: str = TITLE) -> Figure:
     deepest = max(config.num_layers for config in models)
     with matplotlib.rc_context(_STYLE):
         width = 0.6 + 1.02 * len(models)
-        head = textwrap.wrap(title, int(13 * width))
+        head = textwrap.wrap(title, int(11.5 * width) - 2)
         key = [line for text in _KEY for line in textwrap.wrap(text, int(20 * width))]
         if len(" ".join(key)) < 20 * width:
             key = ["     ".join(key)]
