@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all test-parity notebooks lint format lock clean-venv
+.PHONY: help quickstart test test-all test-parity notebooks lint format docs lock clean-venv
 
 help:
 	@echo "cla-jax: cross-layer key/value sharing in JAX"
@@ -29,6 +29,7 @@ help:
 	@echo "  make notebooks              make the notebooks anew from their .py texts and save what they show; ARGS=on_a_gpu: one"
 	@echo "  make lint                   ruff, formatting, types, import arrows"
 	@echo "  make format                 let ruff format and fix what it can"
+	@echo "  make docs                   the documentation as a site, build/docs/index.html, without network"
 	@echo "  make lock                   rewrite the locks from pyproject.toml; UPGRADE=1 takes newer versions"
 	@echo "  make clean-venv             remove .venv and .venv-parity (the next target makes them anew)"
 	@echo
@@ -63,6 +64,10 @@ lint: $(VENV)/.stamp-dev
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.stamp-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+	@echo "build/docs/index.html"
 
 # The development lock is the run-time lock and more, at the same versions. Needs uv alone, so that a
 # lock that no longer installs can be replaced.

@@ -3,11 +3,12 @@
 The reference implementation of Cross-Layer Attention (CLA, Brandon et al. 2024) and Multi-Layer
 Key-Value sharing (MLKV, Zuhri et al. 2024).
 
->>> import cla_jax
->>> cla_jax.KVSharing.cla(num_layers=4, factor=2).owners
-(0, 0, 2, 2)
->>> cla_jax.model("1B/H128-MQA-CLA2").kv_bytes_per_token
-5120
+Examples:
+    >>> import cla_jax
+    >>> cla_jax.KVSharing.cla(num_layers=4, factor=2).owners
+    (0, 0, 2, 2)
+    >>> cla_jax.model("1B/H128-MQA-CLA2").kv_bytes_per_token
+    5120
 """
 
 import importlib

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
+from cla_jax._choices import check_choice
 from cla_jax.sharing import KVSharing
 
 __all__ = [
@@ -290,13 +291,7 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         for field, kind in (("compute_dtype", ComputeDtype), ("remat", Remat)):
-            choices, value = get_args(kind), getattr(self, field)
-            if value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"{field}={value!r}: expected one of {', '.join(choices)}; the nearest is "
-                    f"{near!r}"
-                )
+            check_choice(field, getattr(self, field), get_args(kind))
         if self.unroll < 1:
             raise ValueError(f"unroll={self.unroll} must be at least 1")
         if self.loss_chunk < 0:

@@ -146,8 +146,9 @@ _PRINTED_RATES = (3e-4, 4.5e-4, 6.75e-4, 1e-3, 1.5e-3, 2.25e-3)
 def next_rate(rate: float) -> float:
     """The learning rate above this one: the paper's printed ladder, then x 1.5 to three digits.
 
-    >>> [next_rate(rate) for rate in (3e-4, 6.75e-4, 2.25e-3)]
-    [0.00045, 0.001, 0.00338]
+    Examples:
+        >>> [next_rate(rate) for rate in (3e-4, 6.75e-4, 2.25e-3)]
+        [0.00045, 0.001, 0.00338]
     """
     above = 1.5 * rate
     for printed in _PRINTED_RATES:

@@ -102,8 +102,9 @@ def model(name: str) -> ModelConfig:
     Raises:
         ValueError: unknown name; names the nearest, and for `tiny` its whole short list.
 
-    >>> model("1B/H128-MQA-CLA2").kv_bytes_per_token
-    5120
+    Examples:
+        >>> model("1B/H128-MQA-CLA2").kv_bytes_per_token
+        5120
     """
     if name not in model_names():
         raise ValueError(_unknown(name))
@@ -138,8 +139,9 @@ def match_models(scale: str, patterns: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: an unknown scale, or a pattern that names no model; names the nearest.
 
-    >>> match_models("tiny", ["MQA-CLA?"])
-    ('tiny/MQA-CLA2', 'tiny/MQA-CLA3')
+    Examples:
+        >>> match_models("tiny", ["MQA-CLA?"])
+        ('tiny/MQA-CLA2', 'tiny/MQA-CLA3')
     """
     scales = dict.fromkeys(name.partition("/")[0] for name in model_names())
     if scale not in scales:

@@ -46,10 +46,11 @@ class KVSharing:
         ValueError: an owner above its reader, or one that itself only reads; names the layer and
             the nearest valid owner.
 
-    >>> KVSharing((0, 0, 2, 2)).kv_layers
-    2
-    >>> KVSharing.cla(6, factor=2).owners
-    (0, 0, 2, 2, 4, 4)
+    Examples:
+        >>> KVSharing((0, 0, 2, 2)).kv_layers
+        2
+        >>> KVSharing.cla(6, factor=2).owners
+        (0, 0, 2, 2, 4, 4)
     """
 
     owners: tuple[int, ...]
@@ -288,11 +289,12 @@ class KVSharing:
     def diagram(self) -> str:
         """A drawing of the map in text, last layer on top as in the papers' figures.
 
-        >>> print(KVSharing.cla(4, factor=2).diagram())
-        layer 3   Q      <-+
-        layer 2   Q  KV  --+  KV cache 1
-        layer 1   Q      <-+
-        layer 0   Q  KV  --+  KV cache 0
+        Examples:
+            >>> print(KVSharing.cla(4, factor=2).diagram())
+            layer 3   Q      <-+
+            layer 2   Q  KV  --+  KV cache 1
+            layer 1   Q      <-+
+            layer 0   Q  KV  --+  KV cache 0
         """
         lanes = _bracket_lanes(self.owners)
         width = len(str(self.num_layers - 1))

@@ -109,7 +109,7 @@ def test_locks_hold_every_declared_dependency():
 
     assert names(project["dependencies"]) <= pinned("requirements.lock").keys()
     extras = project["optional-dependencies"]
-    declared = names(extras["test"]) | names(extras["dev"]) - {"cla-jax"}
+    declared = (names(extras["test"]) | names(extras["dev"])) - {"cla-jax"}
     assert declared <= pinned("requirements-dev.lock").keys()
 
 

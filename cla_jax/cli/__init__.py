@@ -10,6 +10,7 @@ import tyro
 
 from cla_jax.cli.conversion import Convert
 from cla_jax.cli.data import PrepareData, TrainTokenizer
+from cla_jax.cli.doctor import Doctor
 from cla_jax.cli.inference import Generate
 from cla_jax.cli.models import Diagram, Models
 from cla_jax.cli.planning import Plan
@@ -18,6 +19,7 @@ from cla_jax.cli.training import Report, Train
 __all__ = [
     "Convert",
     "Diagram",
+    "Doctor",
     "Generate",
     "Models",
     "Plan",
@@ -47,6 +49,7 @@ def main() -> None:
                 "convert": Convert,
                 "plan": Plan,
                 "report": Report,
+                "doctor": Doctor,
             },
             prog="cla-jax",
             description="Train and measure transformers whose layers share keys and values.",

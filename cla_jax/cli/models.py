@@ -62,7 +62,7 @@ class Diagram:
     """Draw which layer owns K/V and which layer reads whose.
 
     Takes models' names, or a sharing pattern and a depth: `cla-jax diagram CLA3 --layers 10`. With
-    `--figure FILE`, several models are drawn side by side as PNG and SVG:
+    `--figure FILE`, several models are drawn side by side:
     `cla-jax diagram 1B/H128-MQA 1B/H128-MQA-CLA2 --figure patterns`.
     """
 
@@ -71,7 +71,8 @@ class Diagram:
     layers: int | None = None
     """Depth, for a pattern."""
     figure: Path | None = None
-    """Draw the models as FILE.png and FILE.svg instead of in text."""
+    """Draw the models instead of printing them: as FILE.png and FILE.svg, or, where FILE ends in
+    .png, .svg or .pdf, as that alone."""
 
     def run(self) -> None:
         """Draw them."""
@@ -81,6 +82,7 @@ class Diagram:
             from cla_jax.reporting import figures
             from cla_jax.reporting.patterns import patterns
 
+            figures.files_of(self.figure)
             drawing = patterns([model(name) for name in self.names])
             for path in figures.save(drawing, self.figure):
                 print(f"wrote {path}")

@@ -39,16 +39,20 @@ class Plan:
     """What to compare with: sharing patterns (CLA2, CLA2-KeepEnds, MLKV-6), models, or globs over
     models ('1B/H128-*'). Default: none, CLA2, CLA3, CLA4."""
     figure: Path | None = None
-    """Draw the largest batch against the context as FILE.png and FILE.svg."""
+    """Draw the largest batch against the context: as FILE.png and FILE.svg, or, where FILE ends in
+    .png, .svg or .pdf, as that alone."""
 
     def run(self) -> None:
         """Print it."""
         config = registry.model(self.model)  # before the slow imports: a bad name fails at once
         from cla_jax.inference import planning
         from cla_jax.inference.sizes import format_size, parse_bandwidth, parse_size
+        from cla_jax.reporting import figures
         from cla_jax.reporting.planning import capacity, columns, variants
         from cla_jax.reporting.tables import terminal_table
 
+        if self.figure is not None:
+            figures.files_of(self.figure)
         memory = parse_size(self.memory)
         bandwidth = None if self.bandwidth is None else parse_bandwidth(self.bandwidth)
         context = config.sequence_length if self.context is None else self.context
@@ -73,8 +77,6 @@ class Plan:
         print()
         console.print(terminal_table(others, columns(self.batch, context, bandwidth)))
         if self.figure is not None:
-            from cla_jax.reporting import figures
-
             for path in figures.save(capacity(others), self.figure):
                 print(f"wrote {path}")
 

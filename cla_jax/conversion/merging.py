@@ -57,9 +57,10 @@ def merge_kv_heads(
     Raises:
         ValueError: as many layers as the map has were not given, or `kv_heads` does not divide.
 
-    >>> merged = merge_kv_heads([np.full((1, 2, 1), i) for i in (1.0, 4.0)], KVSharing((0, 0)), 1)
-    >>> merged[0].item()
-    2.5
+    Examples:
+        >>> layers = [np.full((1, 2, 1), i) for i in (1.0, 4.0)]
+        >>> merge_kv_heads(layers, KVSharing((0, 0)), kv_heads=1)[0].item()
+        2.5
     """
     if len(layers) != sharing.num_layers:
         raise ValueError(f"{len(layers)} layers were given; the map has {sharing.num_layers}")

@@ -1,7 +1,6 @@
 """`KVCache`: the keys and values of the layers that own them, and of no others."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from cla_jax._choices import check_choice
 from cla_jax.configs import ModelConfig
 from cla_jax.models import KV
 from cla_jax.sharing import KVSharing
@@ -26,12 +26,7 @@ def check_dtype(dtype: str) -> None:
     """
     if not isinstance(dtype, str):
         raise ValueError(f"cache_dtype={dtype!r}: expected a name, such as 'bfloat16'")
-    if dtype not in CACHE_DTYPES:
-        near = difflib.get_close_matches(dtype, CACHE_DTYPES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"cache_dtype={dtype!r}: expected one of {', '.join(CACHE_DTYPES)}; the nearest is "
-            f"{near!r}"
-        )
+    check_choice("cache_dtype", dtype, CACHE_DTYPES)
 
 
 @jax.tree_util.register_dataclass

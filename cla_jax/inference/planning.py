@@ -13,11 +13,11 @@ head dim, `D` model dim, `F` FFN dim, `V` vocabulary.
 
 import bisect
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cla_jax._choices import check_choice
 from cla_jax.configs import ModelConfig
 from cla_jax.inference.sizes import format_size
 
@@ -68,12 +68,7 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         for field in ("cache_dtype", "compute_dtype"):
-            if (value := getattr(self, field)) not in _DTYPE_BYTES:
-                near = difflib.get_close_matches(str(value), _DTYPE_BYTES, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"{field}={value!r}: expected one of {', '.join(_DTYPE_BYTES)}; the nearest is "
-                    f"{near!r}"
-                )
+            check_choice(field, getattr(self, field), _DTYPE_BYTES)
         _check_positive(prefill_tokens=self.prefill_tokens)
 
     @property

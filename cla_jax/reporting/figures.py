@@ -33,7 +33,10 @@ from cla_jax.reporting._style import (
 )
 from cla_jax.reporting.runs import Run
 
-__all__ = ["format_bytes", "loss_curves", "pareto", "pareto_frontier", "save"]
+__all__ = ["files_of", "format_bytes", "loss_curves", "pareto", "pareto_frontier", "save"]
+
+# What each format would note down of the day and the program: left out, same figure, same bytes.
+_NOTES = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}
 
 
 def loss_curves(runs: Sequence[Run], *, title: str | None = None) -> Figure:
@@ -123,26 +126,48 @@ def pareto(runs: Sequence[Run], *, title: str | None = None) -> Figure:
     return made.figure
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
+def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Writes `path`.png (200 dots per inch) and `path`.svg, each whole or not at all.
 
     The same figure gives the same bytes. Text in the SVG stays text.
 
     Args:
         figure: from this module.
-        path: without suffix; its directory is made.
+        path: without suffix, or with that of the one format wanted (`.png`, `.svg`, `.pdf`); its
+            directory is made.
 
     Returns:
-        The two files' paths.
+        The paths of what was written.
+
+    Raises:
+        ValueError: another suffix.
     """
-    path = Path(path)
-    written = path.with_name(path.name + ".png"), path.with_name(path.name + ".svg")
-    for target, metadata in zip(written, ({"Software": None}, {"Date": None}), strict=True):
-        content = io.BytesIO()
+    written = files_of(path)
+    for target in written:
+        content, kind = io.BytesIO(), target.suffix.lower()[1:]
         with matplotlib.rc_context(STYLE):
-            figure.savefig(content, format=target.suffix[1:], dpi=200, metadata=metadata)
+            figure.savefig(content, format=kind, dpi=200, metadata={_NOTES[kind]: None})
         write_atomically(target, content.getvalue())
     return written
+
+
+def files_of(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The files that `save` will write for a path, so that a bad one is told before any work.
+
+    What begins with a digit is no suffix: `v1.0` gives `v1.0.png` and `v1.0.svg`.
+
+    Raises:
+        ValueError: a suffix of no format that is written.
+    """
+    path = Path(path)
+    if not path.suffix[1:2].isalpha():
+        return path.with_name(path.name + ".png"), path.with_name(path.name + ".svg")
+    if path.suffix.lower()[1:] not in _NOTES:
+        raise ValueError(
+            f"{path}: figures are not written as {path.suffix}; expected .png, .svg or .pdf, or no "
+            f"suffix for both PNG and SVG, as in {path.with_suffix('')}"
+        )
+    return (path,)
 
 
 def _check_some(runs: Sequence[Run]) -> None:

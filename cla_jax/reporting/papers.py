@@ -128,8 +128,9 @@ MLKV_LARGEST_BATCH: dict[str, int] = {"MHA": 48, "MLKV-2": 940, "MLKV-1": 1100}
 def variant_in_paper(name: str) -> str:
     """The paper's model that one of ours stands for: a `tiny` model's heads are not in its name.
 
-    >>> variant_in_paper("mini/H64-MQA"), variant_in_paper("tiny/MQA-CLA2")
-    ('H64-MQA', 'H128-MQA-CLA2')
+    Examples:
+        >>> variant_in_paper("mini/H64-MQA"), variant_in_paper("tiny/MQA-CLA2")
+        ('H64-MQA', 'H128-MQA-CLA2')
     """
     scale, _, variant = name.partition("/")
     return f"H128-{variant}" if scale == "tiny" else variant

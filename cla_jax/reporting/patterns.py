@@ -1,5 +1,6 @@
 """A drawing of sharing maps side by side, after CLA Figure 2."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,12 @@ from cla_jax.sharing import KVSharing
 
 __all__ = ["patterns"]
 
+TITLE = "Only owners' keys and values are cached; the other layers read them"
+
 _UNSHARED = "#0b62a4"
 _GROUPS = ("#c1440e", "#e8912d")  # alternating, so that neighbouring groups stay apart
+_KEY = ("filled: owns keys and values (cached)", "outline: reads an owner's (caches nothing)")
+_ROW = 0.143  # inches of a layer
 _INK, _MUTED = "#222222", "#6b6b6b"
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -26,11 +31,15 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def patterns(models: Sequence[ModelConfig]) -> Figure:
+def patterns(models: Sequence[ModelConfig], *, title: str = TITLE) -> Figure:
     """Every layer of each model: filled where it owns K/V, in outline where it reads them.
 
     A line joins readers to their owner; below each column, the KV layers and the bytes of a 16-bit
     cache per token. Save it with `cla_jax.reporting.figures.save`.
+
+    Args:
+        models: a column each; their depths may differ.
+        title: one line above the columns.
 
     Raises:
         ValueError: no models.
@@ -39,19 +48,25 @@ def patterns(models: Sequence[ModelConfig]) -> Figure:
         raise ValueError("no models to draw: expected at least one")
     deepest = max(config.num_layers for config in models)
     with matplotlib.rc_context(_STYLE):
-        size = (0.6 + 1.02 * len(models), 0.95 + 0.135 * deepest)
-        figure = Picture(figsize=size, facecolor="white")
+        width = 0.6 + 1.02 * len(models)
+        head = textwrap.wrap(title, int(11.5 * width) - 2)
+        key = [line for text in _KEY for line in textwrap.wrap(text, int(20 * width))]
+        if len(" ".join(key)) < 20 * width:
+            key = ["     ".join(key)]
+        bottom, top = -2.7 - len(key), deepest + 2.9 + 1.2 * len(head)
+        figure = Picture(figsize=(width, _ROW * (top - bottom)), facecolor="white")
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set_xlim(-0.62, len(models) - 0.45)
-        axes.set_ylim(-3.4, deepest + 2.4)
+        axes.set_ylim(bottom, top)
         axes.axis("off")
         for column, config in enumerate(models):
             _draw_column(axes, column, config, deepest)
         axes.text(-0.57, 0.5, "layer 0", color=_MUTED, va="center", fontsize=6.5)
         axes.text(-0.57, deepest - 0.5, f"layer {deepest - 1}", color=_MUTED, va="center",
                   fontsize=6.5)  # fmt: skip
-        key = "filled: owns keys and values (cached)     outline: reads an owner's (caches nothing)"
-        axes.text(-0.57, -2.9, key, color=_MUTED, fontsize=7, va="center")
+        axes.text(-0.57, top - 0.4, "\n".join(head), weight="bold", color=_INK, fontsize=9,
+                  va="top")  # fmt: skip
+        axes.text(-0.57, -2.5, "\n".join(key), color=_MUTED, fontsize=7, va="top")
     return figure
 
 

@@ -16,6 +16,7 @@ from cla_jax import cli
         ("generate",),
         ("plan",),
         ("convert",),
+        ("doctor",),
     ],
 )
 def test_help_gives_an_example(run, command):
@@ -25,7 +26,8 @@ def test_help_gives_an_example(run, command):
     examples = {"models": "1B/", "diagram": "cla-jax diagram", "train": "cla-jax train",
                 "report": "cla-jax report runs/", "generate": "cla-jax generate runs/mine",
                 "plan": "cla-jax plan --model",
-                "convert": "cla-jax convert EleutherAI/pythia-160m"}  # fmt: skip
+                "convert": "cla-jax convert EleutherAI/pythia-160m",
+                "doctor": "cla-jax doctor --json"}  # fmt: skip
     expected = examples[command[0]] if command else "cla-jax train tiny/MQA-CLA2"
     assert expected in " ".join(words)
 

@@ -65,6 +65,7 @@ def test_says_when_the_batch_does_not_fit(plan):
         (["--model", "1B/H128-MQA", "--memory", "9GB", "--context", "0"], "context=0"),
         (["--model", "1B/H128-MQA", "--memory", "9GB", "--patterns", "CLB2"], "'CLA2'"),
         (["--model", "1B/H128-MQA", "--memory", "9GB", "--bandwidth", "4Tb/s"], "unknown unit"),
+        (["--model", "1B/H128-MQA", "--memory", "9GB", "--figure", "x.jpg"], "expected .png"),
     ],
 )
 def test_refuses(plan, arguments, message):

@@ -174,3 +174,17 @@ def test_a_notebook_shows_what_save_writes(tmp_path):
     assert (width, height) == pytest.approx((2 * shown["width"], 2 * shown["height"]), abs=2)
     # The ticks, made when a figure is drawn, have the look of this family too.
     assert {label.get_fontsize() for label in figure.axes[0].get_xticklabels()} == {7.5}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_a_suffix_is_the_format_written(tmp_path: Path, suffix: str):
+    written = drawing.save(drawing.pareto(TWO), tmp_path / f"figure{suffix}")
+    assert [*tmp_path.iterdir()] == [*written] == [tmp_path / f"figure{suffix}"]
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
+    assert written[0].read_bytes().startswith(start)
+
+
+def test_refuses_a_suffix_that_is_no_format(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"\.jpg; expected \.png, \.svg or \.pdf"):
+        drawing.save(drawing.pareto(TWO), tmp_path / "figure.jpg")
+    assert not any(tmp_path.iterdir())
