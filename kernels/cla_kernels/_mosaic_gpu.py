@@ -180,7 +180,7 @@ def partial_attention(
                         plgpu.wgmma(a, p16, kv_s.at[slot_v])
 
                     if tuning.on_device:
-                        acc = pl.run_state(values)(plgpu.ACC.init(acc))
+                        acc = pl.run_state(values)(plgpu.WGMMAAccumulatorRef.init(acc))
                     else:
                         p_s = spare[0].at[worker]
                         p_s[...] = p16
