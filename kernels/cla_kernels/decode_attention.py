@@ -7,18 +7,21 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from cla_kernels import _cudnn, _reference, _xla
+from cla_kernels import _cudnn, _mosaic_gpu, _reference, _xla
 
 __all__ = ["IMPLEMENTATIONS", "Implementation", "choose_implementation", "decode_attention"]
 
-Implementation = Literal["reference", "xla", "cudnn"]
+Implementation = Literal["reference", "xla", "cudnn", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 _FUNCTIONS = {
     "reference": _reference.decode_attention,
     "xla": _xla.decode_attention,
     "cudnn": _cudnn.decode_attention,
+    "mosaic_gpu": _mosaic_gpu.decode_attention,
 }
+_OBSTACLES = {"cudnn": _cudnn.obstacle, "mosaic_gpu": _mosaic_gpu.obstacle}
+_NAMES = {"cudnn": "cuDNN", "mosaic_gpu": "Mosaic GPU"}
 
 
 def decode_attention(
@@ -71,8 +74,9 @@ def decode_attention(
             f"unknown implementation {implementation!r} of decode_attention; expected one of "
             f"{', '.join(IMPLEMENTATIONS)}; the nearest is {near[0]!r}"
         )
-    elif implementation == "cudnn" and (obstacle := _cudnn.obstacle(q, k)):
-        raise ValueError(f"decode_attention cannot run on cuDNN here: {obstacle}")
+    elif implementation in _OBSTACLES and (obstacle := _OBSTACLES[implementation](q, k)):
+        name = _NAMES[implementation]
+        raise ValueError(f"decode_attention cannot run on {name} here: {obstacle}")
     scale_ = q.shape[-1] ** -0.5 if scale is None else scale
     layer = layer if isinstance(layer, int) else layer.astype(jnp.int32)
     with jax.named_scope(f"decode_attention_{implementation}"):
@@ -88,9 +92,14 @@ def choose_implementation(
         q: queries `[B, T, N, H]`, or their shape and dtype.
         k: cached keys `[G, B, S, K, H]`, or their shape and dtype.
     """
-    if obstacle := _cudnn.obstacle(q, k):
-        return "xla", f"not cuDNN: {obstacle}"
-    return "cudnn", "one query a row, 16-bit types and a head dim that cuDNN takes"
+    mosaic, cudnn = _mosaic_gpu.obstacle(q, k), _cudnn.obstacle(q, k)
+    if not mosaic and q.shape[-1] in _mosaic_gpu.FASTER_THAN_CUDNN:
+        return "mosaic_gpu", f"Hopper, and faster than cuDNN for head dim {q.shape[-1]}"
+    if not cudnn:
+        return "cudnn", "one query a row, 16-bit types and a head dim that cuDNN takes"
+    if not mosaic:
+        return "mosaic_gpu", f"not cuDNN: {cudnn}"
+    return "xla", f"not cuDNN: {cudnn}; not Mosaic GPU: {mosaic}"
 
 
 def _index(layer: object) -> int:

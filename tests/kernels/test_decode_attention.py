@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 IMPLEMENTATION_PARAMS = [
-    pytest.param(name, marks=pytest.mark.gpu) if name == "cudnn" else name
+    pytest.param(name, marks=pytest.mark.gpu) if name in ("cudnn", "mosaic_gpu") else name
     for name in IMPLEMENTATIONS
 ]
 
@@ -41,6 +41,8 @@ SHAPES = [
     Shape(B=3, T=1, N=3, K=1, H=90, S=13, G=2),
     Shape(B=3, T=8, N=3, K=3, H=6, S=11, G=1),
     Shape(B=5, T=7, N=2, K=1, H=8, S=4, G=2),  # more queries than room
+    Shape(B=5, T=5, N=6, K=2, H=64, S=200, G=2),  # several tiles, causal across their edge
+    Shape(B=2, T=2, N=8, K=1, H=256, S=72, G=1),
 ]
 # (queries, cache), and the error of the largest entry that is left to them. Measured on CPU:
 # float32 5e-7; bfloat16 2.8e-3 and float16 3.5e-4, of rounding softmax weights and output.
@@ -111,8 +113,13 @@ CASES = [
 ]
 
 
-def cudnn_takes(shape: Shape, q_dtype: str, cache_dtype: str) -> bool:
-    return shape.T == 1 and shape.H % 8 == 0 and q_dtype == cache_dtype != "float32"
+def takes(implementation: str, shape: Shape, q_dtype: str, cache_dtype: str) -> bool:
+    sixteen_bit = q_dtype == cache_dtype != "float32"
+    if implementation == "cudnn":
+        return shape.T == 1 and shape.H % 8 == 0 and sixteen_bit
+    if implementation == "mosaic_gpu":
+        return shape.H in (64, 128, 256) and shape.S % 8 == 0 and sixteen_bit
+    return True
 
 
 @pytest.mark.parity
@@ -121,8 +128,9 @@ def cudnn_takes(shape: Shape, q_dtype: str, cache_dtype: str) -> bool:
 def test_is_softmax_attention(implementation, shape, q_dtype, cache_dtype):
     q, k, v = inputs(shape, q_dtype, cache_dtype)
     lengths, layer = ragged(shape), shape.G - 1
-    if implementation == "cudnn" and not cudnn_takes(shape, q_dtype, cache_dtype):
-        with pytest.raises(ValueError, match=r"cannot run on cuDNN here: .*(head dim|type|mask)"):
+    if not takes(implementation, shape, q_dtype, cache_dtype):
+        message = r"cannot run on (cuDNN|Mosaic GPU) here: .*(head dim|type|mask|multiple)"
+        with pytest.raises(ValueError, match=message):
             jitted(implementation)(q, k, v, lengths, layer=layer)
         return
     found = jitted(implementation)(q, k, v, lengths, layer=layer)
@@ -193,8 +201,11 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATION_PARAMS)
 def test_under_transformations(implementation, transform):
-    dtype = "bfloat16" if implementation == "cudnn" else "float32"
-    q, k, v = inputs(TRANSFORMED, dtype, dtype)
+    on_gpu = implementation in ("cudnn", "mosaic_gpu")
+    dtype = "bfloat16" if on_gpu else "float32"
+    q, k, v = inputs(
+        dataclasses.replace(TRANSFORMED, H=64) if on_gpu else TRANSFORMED, dtype, dtype
+    )
     lengths = jnp.asarray([8, 0, 3], jnp.int32)
 
     def run(q, k, v, lengths, layer):
@@ -207,11 +218,11 @@ def test_under_transformations(implementation, transform):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[6]], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATION_PARAMS)
 def test_what_lies_behind_the_lengths_or_in_other_layers_is_not_read(implementation, shape, dtype):
-    if implementation == "cudnn" and not cudnn_takes(shape, dtype, dtype):
-        pytest.skip("not for cuDNN")
+    if not takes(implementation, shape, dtype, dtype):
+        pytest.skip(f"not for {implementation}")
     q, k, v = inputs(shape, dtype, dtype)
     lengths, layer = ragged(shape), 0
     behind = np.arange(shape.S)[None] >= lengths[:, None]
@@ -261,12 +272,17 @@ def test_without_a_gpu_xla_is_chosen_and_cudnn_refused():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_cudnn_is_chosen_where_it_can_run():
+def test_on_a_gpu_a_fused_kernel_is_chosen_where_one_can_run():
     for shape in SHAPES:
-        for q_dtype, cache_dtype in DTYPES:
-            q, k, _ = inputs(shape, q_dtype, cache_dtype)
+        for dtypes in DTYPES:
+            q, k, _ = inputs(shape, *dtypes)
             chosen, reason = choose_implementation(q, k)
-            assert (chosen == "cudnn") == cudnn_takes(shape, q_dtype, cache_dtype), reason
+            if shape.H == 64 and takes("mosaic_gpu", shape, *dtypes):
+                assert chosen == "mosaic_gpu", reason
+            elif takes("cudnn", shape, *dtypes):
+                assert chosen == "cudnn", reason
+            else:
+                assert (chosen == "mosaic_gpu") == takes("mosaic_gpu", shape, *dtypes), reason
 
 
 def zeros(*shape, dtype="float32"):
