@@ -28,7 +28,7 @@ from cla_jax.conversion.parameters import (
     to_decoder,
 )
 from cla_jax.conversion.safetensors_io import StoredTensor, TensorToWrite
-from cla_jax.data.files import staged_directory
+from cla_jax.data.files import check_free, staged_directory
 from cla_jax.models import Decoder
 from cla_jax.training.initial import check_params
 from cla_jax.training.step import Params
@@ -127,18 +127,21 @@ def save_huggingface(
 ) -> None:
     """Write a checkpoint directory: complete or not at all.
 
+    Until it is complete it is a hidden sibling, `.NAME.xxxxxxxx`. SIGKILL or a loss of power leaves
+    that behind; it may be removed.
+
     Beside config, safetensors and tokenizer files it holds `checksums.json` with the SHA-256 of
     each.
 
     Args:
         checkpoint: what to write; of a model of one's own,
             `HuggingFaceCheckpoint(config, params)`.
-        directory: must not exist yet, or be empty.
+        directory: must not exist yet, or be empty and not the working directory.
         max_shard_bytes: of the tensors in a file.
 
     Raises:
-        ValueError: the directory is not empty, the architecture is of no Hugging Face family, or
-            the parameters are not those of the config.
+        ValueError: the directory is not empty or cannot be made, the architecture is of no Hugging
+            Face family, or the parameters are not those of the config.
         OSError: it could not be written; nothing is left.
     """
     directory, config = Path(directory), checkpoint.config
@@ -158,18 +161,6 @@ def save_huggingface(
             shutil.copyfile(file, staging / file.name)
         safetensors_io.write_tensors(staging, tensors, max_shard_bytes)
         safetensors_io.write_checksums(staging)
-
-
-def check_free(directory: Path) -> None:
-    """Whether a directory can be written without touching anything.
-
-    Raises:
-        ValueError: something is there.
-    """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"{directory} exists already; nothing in it was touched: choose another directory"
-        )
 
 
 def _check_tensors(
