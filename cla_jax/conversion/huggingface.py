@@ -2,9 +2,10 @@
 
 `load_huggingface` streams a directory into a parameter tree and keeps every dtype;
 `save_huggingface` writes one. For a model that shares nothing the tensors come out byte for byte
-as they went in, in one file or in shards. A model that `transformers` cannot express has the model
-type `cla_llama` or `cla_gpt_neox`, which `transformers` refuses, and its owner map in the config,
-under the CLA authors' name `sharing_pattern`.
+as they went in, in one file or in shards; a copy of a tied embedding is not written again. A model
+that `transformers` cannot express has the model type `cla_llama` or `cla_gpt_neox`, which the Auto
+classes of `transformers` refuse, and its owner map in the config, under the CLA authors' name
+`sharing_pattern`.
 """
 
 import dataclasses
@@ -79,9 +80,10 @@ class HuggingFaceCheckpoint:
 def load_huggingface(directory: str | Path, *, name: str | None = None) -> HuggingFaceCheckpoint:
     """Read a checkpoint directory, tensor by tensor: at most one exists beside the parameters.
 
-    Everything is checked before the first tensor is read: the config against what is supported, the
-    files against their checksums (where `checksums.json` gives them), the headers, and the names
-    and shapes of all tensors against the config.
+    Before the first tensor is read the config is checked against what is supported, the headers
+    and the names, shapes and dtypes of all tensors against the config, and the files against their
+    checksums (where `checksums.json` gives them). Only a stored copy of a tied embedding is
+    compared when it is read.
 
     Args:
         directory: holds `config.json` and `model.safetensors`, or shards with their index.
@@ -116,6 +118,11 @@ def load_config(directory: Path, *, name: str | None = None) -> tuple[ModelConfi
         what = "holds no config.json" if directory.is_dir() else "is no directory"
         raise ValueError(f"{directory} is no Hugging Face checkpoint: it {what}")
     values = safetensors_io.read_json_object(directory / "config.json")
+    if "model_type" not in values and (directory / "checkpoints").is_dir():
+        raise ValueError(
+            f"{directory} is a run of `cla-jax train`, no Hugging Face checkpoint: expected a "
+            "config.json with a model_type, and safetensors"
+        )
     return from_hf_config(values, name or directory.resolve().name), values
 
 
@@ -170,6 +177,7 @@ def _check_tensors(
     directory: Path,
 ) -> None:
     """Names, shapes and dtypes of what is stored against what the config needs."""
+    dtypes: dict[tuple[Any, ...], str] = {}  # of each parameter, the first tensor that it is of
     for name, spec in specs.items():
         if name not in stored:
             near = difflib.get_close_matches(name, stored.keys() - specs.keys(), n=1)
@@ -186,6 +194,12 @@ def _check_tensors(
                 f"{found.file}: tensor {name} is {found.dtype}, which is not supported as a "
                 f"parameter; expected {', '.join(_DTYPES)}"
             )
+        for other in [dtypes.setdefault(_path(config, spec, part), name) for part in spec.parts]:
+            if stored[other].dtype != found.dtype:
+                raise ValueError(
+                    f"{found.file}: tensor {name} is {found.dtype}, but {other}, with which it "
+                    f"makes one parameter, is {stored[other].dtype}: expected one dtype"
+                )
     for name in stored.keys() - specs.keys():
         tied = config.tied_embeddings and name in _TIED_COPIES
         if not tied and not _BUFFERS.fullmatch(name):
@@ -200,17 +214,10 @@ def _read(
     config: ModelConfig, specs: dict[str, TensorSpec], stored: dict[str, StoredTensor]
 ) -> tuple[Params, dict[str, np.ndarray]]:
     shapes, params, buffers = parameter_shapes(config), {}, {}
-    dtypes: dict[tuple[Any, ...], tuple[str, str]] = {}
     for name, tensor in safetensors_io.read_tensors({name: stored[name] for name in specs}):
         spec = specs[name]
         for part in spec.parts:
             path = _path(config, spec, part)
-            other, dtype = dtypes.setdefault(path, (name, stored[name].dtype))
-            if dtype != stored[name].dtype:
-                raise ValueError(
-                    f"{stored[name].file}: tensor {name} is {stored[name].dtype}, but {other}, "
-                    f"with which it makes one parameter, is {dtype}: expected one dtype"
-                )
             leaf = _leaf(params, shapes, path, tensor.dtype)
             _block(leaf, config, spec, part)[...] = spec.load(tensor, part)
     others = {name: stored[name] for name in stored.keys() - specs.keys()}
