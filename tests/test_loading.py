@@ -15,11 +15,12 @@ from tokenizers import decoders, models, pre_tokenizers
 import cla_jax
 from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from cla_jax.conversion import HuggingFaceCheckpoint, save_huggingface
-from cla_jax.data import ByteTokenizer, JsonTokenizer, Streams, write_token_stream
+from cla_jax.data import ByteTokenizer, JsonTokenizer
 from cla_jax.data.prepared import bind_prepared
 from cla_jax.loading import TextModel, load
 from cla_jax.sharing import KVSharing
 from cla_jax.training import train
+from tests.training.streams import write_streams
 
 CONFIG = ModelConfig(
     name="toy", sharing=KVSharing.cla(2, 2), d_model=16, ffn_dim=32, query_heads=2, kv_heads=1,
@@ -41,13 +42,7 @@ def trained(directory, tokenizer):
     data = directory / "data"
     data.mkdir()
     bind_prepared(data, tokenizer)
-    streams = Streams(*(
-        write_token_stream(
-            texts[split], tokenizer, data / split, split=split, corpus_fingerprint="c" * 64
-        )
-        for split in ("train", "validation")
-    ))  # fmt: skip
-    run = train(CONFIG, TRAINING, streams, directory / "run")
+    run = train(CONFIG, TRAINING, write_streams(data, texts, tokenizer), directory / "run")
     shutil.rmtree(data)  # a run is complete without
     return run
 
