@@ -177,7 +177,6 @@ def _check_tensors(
     directory: Path,
 ) -> None:
     """Names, shapes and dtypes of what is stored against what the config needs."""
-    dtypes: dict[tuple[Any, ...], str] = {}  # of each parameter, the first tensor that it is of
     for name, spec in specs.items():
         if name not in stored:
             near = difflib.get_close_matches(name, stored.keys() - specs.keys(), n=1)
@@ -194,12 +193,6 @@ def _check_tensors(
                 f"{found.file}: tensor {name} is {found.dtype}, which is not supported as a "
                 f"parameter; expected {', '.join(_DTYPES)}"
             )
-        for other in [dtypes.setdefault(_path(config, spec, part), name) for part in spec.parts]:
-            if stored[other].dtype != found.dtype:
-                raise ValueError(
-                    f"{found.file}: tensor {name} is {found.dtype}, but {other}, with which it "
-                    f"makes one parameter, is {stored[other].dtype}: expected one dtype"
-                )
     for name in stored.keys() - specs.keys():
         tied = config.tied_embeddings and name in _TIED_COPIES
         if not tied and not _BUFFERS.fullmatch(name):
@@ -208,6 +201,15 @@ def _check_tensors(
                 f"{stored[name].file}: tensor {name} does not belong to this model; the nearest "
                 f"that does is {near}"
             )
+    first: dict[tuple[Any, ...], str] = {}  # of each parameter: the first tensor that it is made of
+    for name, spec in specs.items():
+        for other in [first.setdefault(_path(config, spec, part), name) for part in spec.parts]:
+            if stored[other].dtype != stored[name].dtype:
+                raise ValueError(
+                    f"{stored[name].file}: tensor {name} is {stored[name].dtype}, but {other}, "
+                    f"with which it makes one parameter, is {stored[other].dtype}: expected one "
+                    "dtype"
+                )
 
 
 def _read(
