@@ -15,6 +15,7 @@ import numpy as np
 from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig
 from cla_jax.conversion import load_huggingface
 from cla_jax.conversion.huggingface import load_config
+from cla_jax.conversion.safetensors_io import find_tensors, holds_weights, read_json_object
 from cla_jax.data.prepared import read_tokenizer
 from cla_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, tokenizer_at
 from cla_jax.inference import GenerateConfig, Sampling, check_prompts, generate
@@ -257,18 +258,28 @@ def _is_run(path: Path) -> bool:
 
 
 def _is_huggingface(path: Path) -> bool:
-    """Whether a checkpoint lies there that `cla-jax convert` or another program wrote."""
-    return (
-        (path / "config.json").is_file() and not _is_run(path) and any(path.glob("*.safetensors"))
-    )
+    """Whether `cla-jax convert` or another program wrote a checkpoint there, be it damaged."""
+    if not (path / "config.json").is_file() or _is_run(path):
+        return False
+    if holds_weights(path):
+        return True
+    try:
+        return "model_type" in read_json_object(path / "config.json")
+    except ValueError:
+        return False
 
 
 def _load_huggingface(
     directory: Path, place: str | os.PathLike[str] | None, execution: ExecutionConfig
 ) -> TextModel:
-    config, values = load_config(directory)  # before any tensor: the tokenizer may be refused
+    # Before any tensor is read: the tokenizer may be refused.
+    config, values = load_config(directory)
+    find_tensors(directory)
+    ends = values.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else ends
+    end = end if type(end) is int else None
     if place is not None:
-        text = tokenizer_at(place)
+        text = tokenizer_at(place, None if place == "bytes" else end)
     elif not (directory / "tokenizer.json").is_file():
         raise ValueError(
             f"{directory} holds no tokenizer.json: name its tokenizer with --tokenizer "
@@ -276,11 +287,7 @@ def _load_huggingface(
         )
     else:
         path = directory / "tokenizer.json"
-        ends = values.get("eos_token_id")
-        end = ends[0] if isinstance(ends, list) and ends else ends
-        text = JsonTokenizer(
-            path.read_bytes(), config.name, end if type(end) is int else None, place=str(path)
-        )
+        text = JsonTokenizer(path.read_bytes(), config.name, end, place=str(path))
     if text.vocab_size > config.vocab_size:
         raise ValueError(
             f"tokenizer {text.name!r} has {text.vocab_size} ids, more than the "

@@ -15,11 +15,12 @@ from tokenizers import decoders, models, pre_tokenizers
 import cla_jax
 from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from cla_jax.conversion import HuggingFaceCheckpoint, save_huggingface
-from cla_jax.data import ByteTokenizer, JsonTokenizer, Streams, write_token_stream
+from cla_jax.data import ByteTokenizer, JsonTokenizer
 from cla_jax.data.prepared import bind_prepared
 from cla_jax.loading import TextModel, load
 from cla_jax.sharing import KVSharing
 from cla_jax.training import train
+from tests.training.streams import write_streams
 
 CONFIG = ModelConfig(
     name="toy", sharing=KVSharing.cla(2, 2), d_model=16, ffn_dim=32, query_heads=2, kv_heads=1,
@@ -41,13 +42,7 @@ def trained(directory, tokenizer):
     data = directory / "data"
     data.mkdir()
     bind_prepared(data, tokenizer)
-    streams = Streams(*(
-        write_token_stream(
-            texts[split], tokenizer, data / split, split=split, corpus_fingerprint="c" * 64
-        )
-        for split in ("train", "validation")
-    ))  # fmt: skip
-    run = train(CONFIG, TRAINING, streams, directory / "run")
+    run = train(CONFIG, TRAINING, write_streams(data, texts, tokenizer), directory / "run")
     shutil.rmtree(data)  # a run is complete without
     return run
 
@@ -141,20 +136,44 @@ def test_a_hugging_face_directory_writes_what_the_run_writes(run, model, exporte
     assert text == model.generate(PROMPT, max_new_tokens=8).text
 
 
-def test_its_config_says_which_token_ends_a_document(exported):
+def test_its_config_says_which_token_ends_a_document(exported, tmp_path):
     own = word_tokenizer()  # whose <end> is none of the usual names
     (exported / "tokenizer.json").write_bytes(own.data)
     (exported / "checksums.json").unlink()
-    with pytest.raises(ValueError, match=r"none of the end-of-text tokens"):
+    with pytest.raises(ValueError, match=r"none of the end-of-text tokens .* as eos_token_id in"):
         load(exported)
     for ends in (own.end_of_text, [own.end_of_text, 7]):
         edit(exported / "config.json", eos_token_id=ends)
         loaded = load(exported)
         assert loaded.tokenizer.end_of_text == own.end_of_text
         assert loaded.tokenizer.encode("that").tolist() == own.encode("that").tolist()
+    named = tmp_path / "words.json"
+    (exported / "tokenizer.json").rename(named)
+    assert load(exported, tokenizer=named).tokenizer.end_of_text == own.end_of_text
+    named.rename(exported / "tokenizer.json")
     edit(exported / "config.json", eos_token_id=9999)
     with pytest.raises(ValueError, match=r"tokenizer.json has no token of the id 9999"):
         load(exported)
+
+
+def test_says_what_is_wrong_with_a_hugging_face_directory(exported):
+    (exported / "checksums.json").unlink()
+    weights = exported / "model.safetensors"
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (exported / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights.rename(exported / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"shard .*model-00001-of-00002.safetensors is missing"):
+        load(exported)
+    (exported / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin and no safetensors: pickled files"):
+        load(exported)
+    (exported / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"holds neither model.safetensors nor"):
+        load(exported)
+    for config in ("{}", "{"):
+        (exported / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=r"there is no run in .*exported"):
+            load(exported)
 
 
 def test_refuses_a_hugging_face_directory_without_its_tokenizer(exported, tmp_path):

@@ -1,6 +1,10 @@
 """`cla-jax convert`: trained checkpoints to a K/V sharing map."""
 
+import contextlib
 import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -42,12 +46,15 @@ class Convert:
     def run(self) -> None:
         """Convert it."""
         from cla_jax import conversion
-        from cla_jax.conversion.huggingface import check_free, load_config
+        from cla_jax.conversion.huggingface import load_config
+        from cla_jax.data.files import check_free
 
         # All that can be refused is, before any tensor is read.
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: expected 0 or more")
         check_free(self.out)
         directory = conversion.huggingface_directory(self.source)
-        name = directory.name if Path(self.source).is_dir() else self.source
+        name = conversion.source_name(self.source)
         source, _ = load_config(directory, name=name)
         sharing, kv_heads = conversion.parse_sharing(self.sharing, source, self.kv_heads)
         config = conversion.converted_config(source, sharing, kv_heads, self.match_params)
@@ -56,9 +63,33 @@ class Convert:
         converted = conversion.convert(
             checkpoint, sharing, kv_heads, merge, self.match_params, self.seed
         )
-        conversion.save_huggingface(converted, self.out)
+        with _sigterm_interrupts():
+            conversion.save_huggingface(converted, self.out)
         Console().print(_table(source, config))
         print(f"wrote {self.out}")
+
+
+class _Stopped(KeyboardInterrupt):
+    """By a signal; `main` leaves with this code."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises instead of ending the process at once: what is half written is removed."""
+
+    def stop(*_: object) -> None:
+        raise _Stopped("stopped by SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread():  # where no signals are delivered
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _table(source: "ModelConfig", config: "ModelConfig") -> Table:

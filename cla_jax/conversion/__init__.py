@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out, and conversion of trained models to any sharing map."""
 
 from cla_jax.conversion.conversion import convert, converted_config, parse_sharing
-from cla_jax.conversion.hub import huggingface_directory
+from cla_jax.conversion.hub import huggingface_directory, source_name
 from cla_jax.conversion.huggingface import (
     HuggingFaceCheckpoint,
     load_huggingface,
@@ -20,4 +20,5 @@ __all__ = [
     "merge_kv_heads",
     "parse_sharing",
     "save_huggingface",
+    "source_name",
 ]

@@ -83,15 +83,17 @@ def convert(
         kv_heads: KV heads of an owner, a divisor of the source's; None: as many.
         merge: `mean` or `first`, of all heads that become one.
         match_params: widen the MLPs by inert units to the source's parameter count.
-        seed: of the inert units' input weights.
+        seed: of the inert units' input weights; 0 or more.
 
     Returns:
         The converted model; `checkpoint` is not changed.
 
     Raises:
-        ValueError: the map has another depth, the source shares K/V otherwise, or `kv_heads` does
-            not divide.
+        ValueError: the map has another depth, the source shares K/V otherwise, `kv_heads` does not
+            divide, or the seed is negative.
     """
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0")
     source = checkpoint.config
     config = converted_config(source, sharing, kv_heads, match_params)
     layers = split_layers(checkpoint.params, source.sharing)
@@ -117,7 +119,8 @@ def convert(
     if config.ffn_dim != source.ffn_dim:
         new_layers = [widen(layer, source, config.ffn_dim, random) for layer in new_layers]
     params: Params = {**checkpoint.params, "layers": stack_split_layers(new_layers, sharing)}
-    return dataclasses.replace(checkpoint, config=config, params=params, buffers={})
+    buffers = checkpoint.buffers if config == source else {}
+    return dataclasses.replace(checkpoint, config=config, params=params, buffers=buffers)
 
 
 def _with_kv(layer: Params, projection: dict[str, np.ndarray]) -> Params:

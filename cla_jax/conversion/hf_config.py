@@ -1,8 +1,8 @@
 """`config.json` to `ModelConfig` and back, for Llama and GPT-NeoX; the unsupported is refused.
 
-Both spellings of the rotary settings are read: `rope_theta` and `rope_scaling`, `rotary_emb_base`
-and `rotary_pct`, and the `rope_parameters` that replaced them in transformers 5, which reads the
-older ones too: those are written.
+Both spellings of the rotary settings are read, as transformers 5 reads them: `rope_theta` and
+`rope_scaling`, `rotary_emb_base` and `rotary_pct`, and the `rope_parameters` that replaced them.
+The older ones are written.
 """
 
 import difflib
@@ -15,7 +15,8 @@ from cla_jax.sharing import KVSharing
 
 __all__ = ["from_hf_config", "to_hf_config"]
 
-# Ours are the model types of what `transformers` cannot express; it refuses them by name.
+# Ours are the model types of what `transformers` cannot express; its Auto classes refuse them by
+# name.
 _MODEL_TYPES = {LLAMA: LLAMA, GPT_NEOX: GPT_NEOX, "cla_llama": LLAMA, "cla_gpt_neox": GPT_NEOX}
 _ARCHITECTURES = {LLAMA: "LlamaForCausalLM", GPT_NEOX: "GPTNeoXForCausalLM"}
 _OURS = {LLAMA: "ClaLlamaForCausalLM", GPT_NEOX: "ClaGPTNeoXForCausalLM"}
@@ -71,11 +72,10 @@ def from_hf_config(values: dict[str, Any], name: str) -> ModelConfig:
             raise ValueError(
                 f"{name}: {key}={values[key]!r} is not supported{why}; expected {off[-1]!r}"
             )
-    kinds = set(values.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
+    layer_types = values.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ValueError(
-            f"{name}: layer_types has {', '.join(sorted(map(str, kinds)))}, which is not "
-            "supported; expected 'full_attention' alone"
+            f"{name}: layer_types={layer_types!r} is not supported; expected 'full_attention' alone"
         )
     activation = values.get("hidden_act", _ACTIVATION[kind])
     if activation != _ACTIVATION[kind]:
@@ -94,14 +94,21 @@ def from_hf_config(values: dict[str, Any], name: str) -> ModelConfig:
     head_dim = _size(values, "head_dim", name, D // heads)
     if kind == GPT_NEOX and values["model_type"] == GPT_NEOX and head_dim * heads != D:
         raise ValueError(f"{name}: head_dim={head_dim} is not supported in GPT-NeoX: it is implied")
+    kv_heads = _size(values, "num_key_value_heads", name, heads)
+    if values["model_type"] == GPT_NEOX and kv_heads != heads:
+        raise ValueError(
+            f"{name}: num_key_value_heads={kv_heads} is not supported in GPT-NeoX: each of its "
+            f"{heads} query heads has a KV head"
+        )
     scaling, theta, fraction = _rope(values, kind, name)
+    rotary = _rotary(head_dim, fraction, kind, name)
     return ModelConfig(
         name=name,
         sharing=_sharing(values, layers, name),
         d_model=D,
         ffn_dim=_size(values, "intermediate_size", name),
         query_heads=heads,
-        kv_heads=_size(values, "num_key_value_heads", name, heads),
+        kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=_size(values, "vocab_size", name),
         sequence_length=_size(values, "max_position_embeddings", name, 2048),
@@ -110,7 +117,7 @@ def from_hf_config(values: dict[str, Any], name: str) -> ModelConfig:
         swiglu=kind == LLAMA,
         parallel_residual=kind == GPT_NEOX and _flag(values, "use_parallel_residual", name, True),
         use_bias=kind == GPT_NEOX,
-        rotary_dim=int(head_dim * fraction),
+        rotary_dim=rotary,
         rope_theta=theta,
         rope_scaling=scaling,
         norm_epsilon=_number(values, "rms_norm_eps" if kind == LLAMA else "layer_norm_eps", name,
@@ -187,13 +194,17 @@ def _family_of(values: dict[str, Any], name: str) -> str:
                 f"{name}: the architecture {architecture!r} is not supported; supported are "
                 f"{', '.join(known)}, the nearest is {near}"
             )
-    if kind not in _MODEL_TYPES:
+    if kind is None:
+        raise ValueError(
+            f"{name}: config.json has no model_type; expected {' or '.join(_MODEL_TYPES)}"
+        )
+    if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         near = difflib.get_close_matches(str(kind), _MODEL_TYPES, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{name}: model_type={kind!r} is not supported; supported are "
             f"{', '.join(_MODEL_TYPES)}, the nearest is {near!r}"
         )
-    return _MODEL_TYPES[cast(str, kind)]
+    return _MODEL_TYPES[kind]
 
 
 def _sharing(values: dict[str, Any], layers: int, name: str) -> KVSharing:
@@ -212,14 +223,14 @@ def _sharing(values: dict[str, Any], layers: int, name: str) -> KVSharing:
 
 def _rope(values: dict[str, Any], kind: str, name: str) -> tuple[RopeScaling | None, float, float]:
     """Scaling, theta, and the fraction of a head's dimensions that rotate."""
-    new = values.get("rope_parameters") or {}
-    scaling = new or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ValueError(f"{name}: rope_scaling={scaling!r} is not supported; expected an object")
+    scaling = _rope_object(values, name)
     legacy = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
     if kind == GPT_NEOX:
         legacy = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-    given = {key: new.get(key, values.get(old)) for key, old in legacy.items()}
+    given = {
+        key: values.get(old) if scaling.get(key) is None else scaling[key]
+        for key, old in legacy.items()
+    }
     theta = _number(given, "rope_theta", name, 10_000.0)
     fraction = _number(given, "partial_rotary_factor", name, 0.25 if kind == GPT_NEOX else 1.0)
     if theta == 0:
@@ -239,6 +250,39 @@ def _rope(values: dict[str, Any], kind: str, name: str) -> tuple[RopeScaling | N
     numbers = {key: _number(scaling, key, name) for key in _LLAMA3}
     length = int(numbers.pop("original_max_position_embeddings"))
     return RopeScaling(original_max_position_embeddings=length, **numbers), theta, fraction
+
+
+def _rope_object(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The one of `rope_scaling` and `rope_parameters` that is given; both, if they are equal."""
+    keys = [key for key in ("rope_scaling", "rope_parameters") if values.get(key)]
+    for key in keys:
+        value = values[key]
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: {key}={value!r} is not supported; expected an object")
+        nested = [k for k, v in value.items() if isinstance(v, dict)]
+        if nested:
+            raise ValueError(
+                f"{name}: {key} is given by layer type ({', '.join(nested)}), which is not "
+                "supported; expected one for all layers"
+            )
+    if len(keys) == 2 and values[keys[0]] != values[keys[1]]:
+        raise ValueError(
+            f"{name}: rope_scaling={values[keys[0]]!r} and rope_parameters={values[keys[1]]!r} "
+            "differ: expected one of them"
+        )
+    return values[keys[0]] if keys else {}
+
+
+def _rotary(head_dim: int, fraction: float, kind: str, name: str) -> int:
+    """Dimensions of a head that rotate."""
+    rotary = int(head_dim * fraction)
+    if rotary % 2 or rotary > head_dim:
+        what = "" if kind == LLAMA else f"rotary_pct={fraction} of "
+        raise ValueError(
+            f"{name}: {what}head_dim={head_dim} makes {rotary} rotary dimensions: expected an even "
+            "number, at most head_dim"
+        )
+    return rotary
 
 
 def _fraction(part: int, whole: int) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cla_jax.conversion.safetensors_io import CHECKSUMS, INDEX
 
-__all__ = ["TOKENIZER_FILES", "huggingface_directory"]
+__all__ = ["TOKENIZER_FILES", "huggingface_directory", "source_name"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,6 +45,12 @@ def huggingface_directory(source: str | Path) -> Path:
             "on the Hugging Face hub"
         )
     return _from_hub(name)
+
+
+def source_name(source: str | Path) -> str:
+    """What a model is called by where it comes from: its directory's name, or that on the hub."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.is_dir() else str(source).removeprefix("hf:")
 
 
 def _from_hub(name: str) -> Path:

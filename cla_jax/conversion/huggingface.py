@@ -2,9 +2,10 @@
 
 `load_huggingface` streams a directory into a parameter tree and keeps every dtype;
 `save_huggingface` writes one. For a model that shares nothing the tensors come out byte for byte
-as they went in, in one file or in shards. A model that `transformers` cannot express has the model
-type `cla_llama` or `cla_gpt_neox`, which `transformers` refuses, and its owner map in the config,
-under the CLA authors' name `sharing_pattern`.
+as they went in, in one file or in shards; a copy of a tied embedding is not written again. A model
+that `transformers` cannot express has the model type `cla_llama` or `cla_gpt_neox`, which the Auto
+classes of `transformers` refuse, and its owner map in the config, under the CLA authors' name
+`sharing_pattern`.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from cla_jax.conversion.parameters import (
     to_decoder,
 )
 from cla_jax.conversion.safetensors_io import StoredTensor, TensorToWrite
-from cla_jax.data.files import staged_directory
+from cla_jax.data.files import check_free, staged_directory
 from cla_jax.models import Decoder
 from cla_jax.training.initial import check_params
 from cla_jax.training.step import Params
@@ -79,9 +80,10 @@ class HuggingFaceCheckpoint:
 def load_huggingface(directory: str | Path, *, name: str | None = None) -> HuggingFaceCheckpoint:
     """Read a checkpoint directory, tensor by tensor: at most one exists beside the parameters.
 
-    Everything is checked before the first tensor is read: the config against what is supported, the
-    files against their checksums (where `checksums.json` gives them), the headers, and the names
-    and shapes of all tensors against the config.
+    Before the first tensor is read the config is checked against what is supported, the headers
+    and the names, shapes and dtypes of all tensors against the config, and the files against their
+    checksums (where `checksums.json` gives them). Only a stored copy of a tied embedding is
+    compared when it is read.
 
     Args:
         directory: holds `config.json` and `model.safetensors`, or shards with their index.
@@ -116,6 +118,11 @@ def load_config(directory: Path, *, name: str | None = None) -> tuple[ModelConfi
         what = "holds no config.json" if directory.is_dir() else "is no directory"
         raise ValueError(f"{directory} is no Hugging Face checkpoint: it {what}")
     values = safetensors_io.read_json_object(directory / "config.json")
+    if "model_type" not in values and (directory / "checkpoints").is_dir():
+        raise ValueError(
+            f"{directory} is a run of `cla-jax train`, no Hugging Face checkpoint: expected a "
+            "config.json with a model_type, and safetensors"
+        )
     return from_hf_config(values, name or directory.resolve().name), values
 
 
@@ -127,18 +134,21 @@ def save_huggingface(
 ) -> None:
     """Write a checkpoint directory: complete or not at all.
 
+    Until it is complete it is a hidden sibling, `.NAME.xxxxxxxx`. SIGKILL or a loss of power leaves
+    that behind; it may be removed.
+
     Beside config, safetensors and tokenizer files it holds `checksums.json` with the SHA-256 of
     each.
 
     Args:
         checkpoint: what to write; of a model of one's own,
             `HuggingFaceCheckpoint(config, params)`.
-        directory: must not exist yet, or be empty.
+        directory: must not exist yet, or be empty and not the working directory.
         max_shard_bytes: of the tensors in a file.
 
     Raises:
-        ValueError: the directory is not empty, the architecture is of no Hugging Face family, or
-            the parameters are not those of the config.
+        ValueError: the directory is not empty or cannot be made, the architecture is of no Hugging
+            Face family, or the parameters are not those of the config.
         OSError: it could not be written; nothing is left.
     """
     directory, config = Path(directory), checkpoint.config
@@ -158,18 +168,6 @@ def save_huggingface(
             shutil.copyfile(file, staging / file.name)
         safetensors_io.write_tensors(staging, tensors, max_shard_bytes)
         safetensors_io.write_checksums(staging)
-
-
-def check_free(directory: Path) -> None:
-    """Whether a directory can be written without touching anything.
-
-    Raises:
-        ValueError: something is there.
-    """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"{directory} exists already; nothing in it was touched: choose another directory"
-        )
 
 
 def _check_tensors(
@@ -203,23 +201,25 @@ def _check_tensors(
                 f"{stored[name].file}: tensor {name} does not belong to this model; the nearest "
                 f"that does is {near}"
             )
+    first: dict[tuple[Any, ...], str] = {}  # of each parameter: the first tensor that it is made of
+    for name, spec in specs.items():
+        for other in [first.setdefault(_path(config, spec, part), name) for part in spec.parts]:
+            if stored[other].dtype != stored[name].dtype:
+                raise ValueError(
+                    f"{stored[name].file}: tensor {name} is {stored[name].dtype}, but {other}, "
+                    f"with which it makes one parameter, is {stored[other].dtype}: expected one "
+                    "dtype"
+                )
 
 
 def _read(
     config: ModelConfig, specs: dict[str, TensorSpec], stored: dict[str, StoredTensor]
 ) -> tuple[Params, dict[str, np.ndarray]]:
     shapes, params, buffers = parameter_shapes(config), {}, {}
-    dtypes: dict[tuple[Any, ...], tuple[str, str]] = {}
     for name, tensor in safetensors_io.read_tensors({name: stored[name] for name in specs}):
         spec = specs[name]
         for part in spec.parts:
             path = _path(config, spec, part)
-            other, dtype = dtypes.setdefault(path, (name, stored[name].dtype))
-            if dtype != stored[name].dtype:
-                raise ValueError(
-                    f"{stored[name].file}: tensor {name} is {stored[name].dtype}, but {other}, "
-                    f"with which it makes one parameter, is {dtype}: expected one dtype"
-                )
             leaf = _leaf(params, shapes, path, tensor.dtype)
             _block(leaf, config, spec, part)[...] = spec.load(tensor, part)
     others = {name: stored[name] for name in stored.keys() - specs.keys()}

@@ -21,6 +21,7 @@ __all__ = [
     "StoredTensor",
     "check_checksums",
     "find_tensors",
+    "holds_weights",
     "read_json_object",
     "read_tensors",
     "write_checksums",
@@ -86,6 +87,14 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     raise ValueError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX}")
 
 
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory holds weights, safe to read or not, or an index of them."""
+    return any(
+        path.name == INDEX or path.suffix in (".safetensors", *_PICKLES)
+        for path in directory.iterdir()
+    )
+
+
 def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors one after another, file by file, each in the dtype that it is stored in.
 
@@ -139,7 +148,7 @@ def write_tensors(
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        arrays = {tensor.name: np.ascontiguousarray(tensor.make()) for tensor in shard}
+        arrays = {tensor.name: np.asarray(tensor.make(), order="C") for tensor in shard}
         try:
             # The metadata is what transformers asks of a file that it loads.
             save_file(arrays, directory / name, metadata={"format": "pt"})
@@ -204,8 +213,8 @@ def _find_in_shards(directory: Path) -> dict[str, StoredTensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} is damaged: it has no weight_map")
     found: dict[str, StoredTensor] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        file = directory / _plain_name(shard, path)
+    for shard in dict.fromkeys(_plain_name(value, path) for value in weight_map.values()):
+        file = directory / shard
         if not file.is_file():
             near = difflib.get_close_matches(shard, [p.name for p in directory.iterdir()], n=1)
             hint = f"; the nearest file is {near[0]}" if near else ""
@@ -277,7 +286,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
             f"{path}: tensor {name} is not described by dtype, shape and data_offsets: {entry}"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         near = difflib.get_close_matches(str(dtype), _BITS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{path}: tensor {name} has the unknown dtype {dtype!r}; the nearest is {near!r}"

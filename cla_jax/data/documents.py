@@ -245,7 +245,7 @@ def _write_part(
         documents={split: len(found) for split, found in documents.items()},
         text_bytes={split: sum(len(t) for _, t in found) for split, found in documents.items()},
     )
-    with staged_directory(directory / "parts" / f"{number:05d}") as staging:
+    with staged_directory(directory / "parts" / f"{number:05d}", keep_theirs=True) as staging:
         if size:
             _build(documents, staging)
         write_json(staging / _PART_FILE, dataclasses.asdict(part))

@@ -23,26 +23,70 @@ from rich.progress import (
 )
 
 
+def check_free(directory: Path) -> None:
+    """Whether `staged_directory` can make a directory without touching anything.
+
+    Raises:
+        ValueError: something is there, or it cannot be made there; names what is in the way.
+    """
+    for place in (directory, *directory.parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(
+                f"{place} is a link to {os.readlink(place)}, which is not there: choose another "
+                "directory"
+            )
+    final = directory.resolve()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(
+            f"{directory} exists already; nothing in it was touched: choose another directory"
+        )
+    # An empty directory is replaced: whoever stands in it would still see the old one.
+    if final == Path.cwd():
+        raise ValueError(f"{directory} is the working directory: name a new directory in it")
+    if final.is_mount():
+        raise ValueError(f"{directory} is a mount point: name a new directory in it")
+    above = next(parent for parent in final.parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{directory} cannot be made: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{directory} cannot be made: {above} may not be written to")
+
+
 @contextlib.contextmanager
-def staged_directory(final: Path) -> Iterator[Path]:
+def staged_directory(final: Path, *, keep_theirs: bool = False) -> Iterator[Path]:
     """A temporary sibling that becomes `final` in one rename if the block succeeds.
 
-    If the block fails nothing is left; if another process made `final` meanwhile, theirs is kept.
+    If the block or the rename fails nothing is left (a process that is killed leaves the sibling).
+
+    Args:
+        final: must not exist yet, or be empty.
+        keep_theirs: as in `publish`.
+
+    Raises:
+        OSError: as `publish`.
     """
+    final = final.resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     try:
         yield staging
-        publish(staging, final)
+        publish(staging, final, keep_theirs=keep_theirs)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: Path, final: Path) -> None:
+def publish(staging: Path, final: Path, *, keep_theirs: bool = False) -> None:
     """Renames a directory to its final name, all of it on disk first.
 
-    If another process made `final` meanwhile, theirs is kept and ours removed.
+    Args:
+        staging: the directory.
+        final: its name; nothing is there, or an empty directory.
+        keep_theirs: if another process made `final` meanwhile, it made the same: that is kept and
+            ours removed.
+
+    Raises:
+        OSError: the rename failed.
     """
     for path in staging.rglob("*"):
         if path.is_file():
@@ -51,7 +95,7 @@ def publish(staging: Path, final: Path) -> None:
     try:
         staging.rename(final)
     except OSError:
-        if not final.is_dir():
+        if not (keep_theirs and final.is_dir()):
             raise
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -156,7 +156,7 @@ class StreamWriter:
             "text_bytes": last.text_bytes,
         }
         (self._stream / "stream.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
-        publish(self._stream, self._directory)
+        publish(self._stream, self._directory, keep_theirs=True)
         self.discard()
         return TokenStream.open(self._directory)
 

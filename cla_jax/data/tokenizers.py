@@ -164,14 +164,15 @@ def _end_token(vocabulary: dict[str, int], wanted: str | int | None, place: str)
     if wanted is None:
         raise ValueError(
             f"tokenizer {place} has none of the end-of-text tokens {', '.join(END_OF_TEXT)}; name "
-            "the one that ends its documents with --end-of-text"
+            "the one that ends its documents: with --end-of-text where tokens are prepared, as "
+            "eos_token_id in the config.json of a Hugging Face checkpoint"
         )
     near = difflib.get_close_matches(wanted, list(vocabulary), n=1, cutoff=0.0)
     hint = f"; the nearest is {near[0]!r}" if near else ""
     raise ValueError(f"tokenizer {place} has no token {wanted!r}{hint}")
 
 
-def tokenizer_at(place: str | os.PathLike[str], end_of_text: str | None = None) -> Tokenizer:
+def tokenizer_at(place: str | os.PathLike[str], end_of_text: str | int | None = None) -> Tokenizer:
     """A tokenizer by name.
 
     Args:

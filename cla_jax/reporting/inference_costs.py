@@ -193,12 +193,14 @@ def load_inference(directory: Path) -> InferenceRecord:
     """Reads `inference.json`.
 
     Raises:
-        ValueError: nothing, or something else.
+        ValueError: nothing, or something else; a model that the registry lacks.
     """
     path = directory / "inference.json"
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
         points = tuple(InferencePoint(**point) for point in values.pop("points"))
+        for name in dict.fromkeys(point.model for point in points):
+            registry.model(name)
         return InferenceRecord(**values, points=points)
     except FileNotFoundError:
         raise ValueError(f"nothing was measured in {directory}: {path.name} is missing") from None

@@ -65,7 +65,8 @@ class Inference:
     new_tokens: int = 48
     """Decoded one by one, and timed."""
     shares: tuple[float, ...] = (0.25, 0.5, 0.98)
-    """Of the largest batch, that are measured; batch 8, the paper's Figure 6, always is."""
+    """Of the largest batch, that are measured; batch 8, the paper's Figure 6, always
+    is, if it fits."""
     memory: str | None = None
     """That the planner counts on, as 80GiB. Default: what the device lets JAX have (tiny:
     128MiB)."""
@@ -191,7 +192,7 @@ class Session:
             return None
         most = self._largest(config)
         batches = {max(int(share * most), 1) for share in self.shares}
-        if most > FEW:
+        if most >= FEW:
             batches.add(FEW)
         done = {p["batch"] for p in self.record["points"] if p["model"] == config.name}
         return sorted(batches - done) if most else []

@@ -131,11 +131,11 @@ def load_source(source: str, scale: str) -> "HuggingFaceCheckpoint":
     import jax
     import numpy as np
 
-    from cla_jax.conversion import huggingface_directory, load_huggingface
+    from cla_jax.conversion import huggingface_directory, load_huggingface, source_name
     from cla_jax.conversion.huggingface import load_config
 
     directory = huggingface_directory(source)
-    name = directory.name if Path(source).is_dir() else source.removeprefix("hf:")
+    name = source_name(source)
     config, _ = load_config(directory, name=name)
     check_source(config, model(f"pythia-{scale}/MHA"))
     checkpoint = load_huggingface(directory, name=name)

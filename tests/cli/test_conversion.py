@@ -1,6 +1,8 @@
 """`cla-jax convert`: what it writes, what it prints, and what it refuses before it reads."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,33 @@ def test_mean_and_first_differ(tmp_path: Path):
     assert (kernels[0]["kernel"] != kernels[1]["kernel"]).any()
 
 
+def test_it_is_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = written(tmp_path / "llama")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    Convert(str(source), "owners=0,0,2", tmp_path / "link").run()
+    assert load_huggingface(tmp_path / "real").config.sharing.owners == (0, 0, 2)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="is the working directory"):
+        Convert("../llama", "owners=0,0,2", Path()).run()
+
+
+def test_sigterm_leaves_nothing_and_has_its_own_exit_code(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = written(tmp_path / "llama")
+    monkeypatch.setattr(
+        "cla_jax.conversion.safetensors_io.write_checksums",
+        lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = ("convert", str(source), "--sharing", "none", "--out", str(tmp_path / "out"))
+    assert run(*arguments) == (143, "", "cla-jax: stopped by SIGTERM\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_refuses_before_it_reads(tmp_path: Path):
     source = written(tmp_path / "llama")
     (source / "model.safetensors").unlink()  # reading would fail first
@@ -45,6 +74,8 @@ def test_refuses_before_it_reads(tmp_path: Path):
         "maps 2 layers; the model has 3": Convert(str(source), "owners=0,0", tmp_path / "out"),
         "kv_heads=4 does not": Convert(str(source), "CLA2", tmp_path / "out", kv_heads=4),
         "exists already": Convert(str(source), "CLA2", source),
+        "config.json is a file": Convert(str(source), "CLA2", source / "config.json" / "out"),
+        "--seed -1: expected 0 or more": Convert(str(source), "CLA2", tmp_path / "out", seed=-1),
         "no directory .*the nearest is": Convert(str(tmp_path / "lama"), "CLA2", tmp_path / "out"),
     }
     for message, command in cases.items():

@@ -1,6 +1,7 @@
 """Converted models: unchanged where nothing is shared, the paper's sizes, and what is refused."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -60,7 +61,8 @@ def test_matched_parameters_are_those_of_mlkv_table_2(variant: str):
     name, kv_heads, parameters = TABLE_2[variant]
     sharing, heads = parse_sharing(name, source, kv_heads)
     config = converted_config(source, sharing, heads, match_params=True)
-    assert config.parameters == parameters
+    leaves = jax.tree.leaves(parameter_shapes(config))
+    assert config.parameters == sum(math.prod(leaf.shape) for leaf in leaves) == parameters
     expected = model(f"pythia-160m/{variant}")
     assert dataclasses.replace(config, name=expected.name) == expected
 
@@ -69,7 +71,7 @@ def test_matched_parameters_are_those_of_mlkv_table_2(variant: str):
 def test_a_converted_pythia_160m_holds_the_parameters_of_table_2():
     source = as_pythia(model("pythia-160m/MHA"))
     params = jax.tree.map(lambda s: np.zeros(s.shape, np.float16), parameter_shapes(source))
-    for variant in ("GQA-48", "MLKV-48", "MLKV-1"):
+    for variant in ("GQA-48", "MLKV-1"):
         name, kv_heads, parameters = TABLE_2[variant]
         sharing, _ = parse_sharing(name, source, kv_heads)
         checkpoint = HuggingFaceCheckpoint(source, params)
@@ -114,13 +116,21 @@ def test_equal_heads_may_be_merged_without_any_change(name: str, tmp_path: Path)
     for key, value in projection.items():
         value[...] = value[:1, ..., :1, :].copy()
         assert value.ndim == (5 if key == "kernel" else 4)
-    # A reader attends to what its owner's input makes: with no attention output both are equal.
-    layers["attention"]["out"]["kernel"][:] = 0
-    for merge_heads in (1, source.config.kv_heads):
+    # A reader attends to what its owner's input makes. Every layer sees the embedding here, through
+    # the same norm, and the last one's attention decides the logits.
+    for norm in jax.tree.leaves(layers["attention_norm"]):
+        norm[1:] = norm[:1]
+    for leaf in jax.tree.leaves([layers["attention"]["out"], layers["ffn"]["down"]]):
+        leaf[:-1] = 0
+    expected = logits(source)
+    for merge_heads in (source.config.kv_heads, 1):
         converted = convert(source, KVSharing((0, 0, 0)), merge_heads)
         found = converted.params["layers"][0][0]["kv_projection"]["projection"]["kernel"]
         np.testing.assert_array_equal(found[0, ..., 0, :], projection["kernel"][0, ..., 0, :])
-        assert relative_error(logits(converted), logits(source)) < 1e-6
+        assert relative_error(logits(converted), expected) < 1e-6
+    for leaf in jax.tree.leaves(converted.params["layers"][0][0]["kv_projection"]):
+        leaf[...] = leaf[..., ::-1]
+    assert relative_error(logits(converted), expected) > 1e-2, "other K/V would not show"
 
 
 def test_mqa_of_equal_heads_computes_what_mha_did(tmp_path: Path):
@@ -163,6 +173,8 @@ def test_sources_that_share_keep_their_map(tmp_path: Path):
     shared = convert(source, KVSharing((0, 0, 2)))
     with pytest.raises(ValueError, match=r"shares K/V across layers already: .* owners=0,0,2"):
         convert(shared, KVSharing((0, 0, 0)))
+    with pytest.raises(ValueError, match="seed=-1 must be at least 0"):
+        convert(shared, KVSharing((0, 0, 2)), seed=-1)
     once = convert(convert(source, KVSharing((0, 0, 2))), KVSharing((0, 0, 2)), 1)
     both = convert(source, KVSharing((0, 0, 2)), 1)
     jax.tree.map(

@@ -55,6 +55,13 @@ def test_both_spellings_of_the_rotary_settings():
     half = read(neox(rotary_pct="absent", rotary_emb_base="absent", rope_parameters=parameters))
     assert (half.rope_theta, half.rotary) == (777, 4)
     assert half == read(neox(rotary_pct=0.5, rotary_emb_base=777))
+    # What the object says goes before what stands beside it, whatever the object is called.
+    for key in ("rope_scaling", "rope_parameters"):
+        assert read(llama(rope_theta=7.0, **{key: new})) == old
+        assert read(llama(**{key: {"rope_type": "default", "rope_theta": 7.0}})).rope_theta == 7
+        assert read(neox(**{key: parameters})) == half
+        assert read(llama(**{key: {"rope_theta": None}})).rope_theta == 5e5
+    assert read(llama(rope_scaling=new, rope_parameters=new)) == old
 
 
 def test_what_is_not_said_is_what_transformers_assumes():
@@ -96,7 +103,10 @@ def test_every_rotary_size_comes_back(head_dim: int):
         (llama(architectures=["MistralForCausalLM"]), "'MistralForCausalLM' is not supported; .*"),
         (llama(architectures=["LlamaForSequenceClassification"]), "nearest is LlamaForCausalLM"),
         (llama(architectures="absent", model_type="mixtral"), "model_type='mixtral' is not"),
-        (llama(model_type="absent"), "model_type=None is not supported"),
+        (llama(model_type="absent"), r"config\.json has no model_type; expected llama or"),
+        (llama(model_type=[]), r"model_type=\[\] is not supported"),
+        (llama(layer_types=3), "layer_types=3 is not supported"),
+        (llama(layer_types=[["a"]]), r"layer_types=\[\['a'\]\] is not supported"),
         (llama(sliding_window=4096), "sliding_window=4096 is not supported"),
         (llama(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
         (llama(use_qk_norm=True), "use_qk_norm=True is not supported"),
@@ -110,6 +120,15 @@ def test_every_rotary_size_comes_back(head_dim: int):
         (llama(rope_scaling={**LLAMA3, "factor": None}), "factor=None in config.json"),
         (llama(rope_scaling={**LLAMA3, "high_freq_factor": 0.5}), "must be below"),
         (llama(rope_scaling="dynamic"), "rope_scaling='dynamic' is not supported"),
+        (llama(rope_parameters=[1]), r"rope_parameters=\[1\] is not supported"),
+        (
+            llama(rope_scaling=LLAMA3, rope_parameters={"rope_type": "default", "rope_theta": 7}),
+            "rope_scaling=.* and rope_parameters=.* differ",
+        ),
+        (
+            llama(rope_parameters={"full_attention": {"rope_theta": 7}}),
+            r"rope_parameters is given by layer type \(full_attention\)",
+        ),
         (llama(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
         (llama(rope_theta=float("nan")), "rope_theta=nan"),
         (llama(rope_theta=0), "rope_theta=0 in config.json"),
@@ -124,7 +143,10 @@ def test_every_rotary_size_comes_back(head_dim: int):
         (neox(attention_bias=False), "attention_bias=False is not supported"),
         (neox(hidden_act="gelu_new"), "'gelu_new' .* expected 'gelu' .the exact GELU"),
         (neox(hidden_act="gelu_fast"), "hidden_act='gelu_fast'"),
-        (neox(rotary_pct=0.375), "rotary_dim=3 must be even"),
+        (llama(head_dim=5), "some-model: head_dim=5 makes 5 rotary dimensions: expected an even"),
+        (neox(rotary_pct=0.375), "rotary_pct=0.375 of head_dim=8 makes 3 rotary dimensions"),
+        (neox(rotary_pct=2), "rotary_pct=2.0 of head_dim=8 makes 16 rotary dimensions"),
+        (neox(num_key_value_heads=2), "num_key_value_heads=2 is not supported in GPT-NeoX"),
         (neox(head_dim=16), "head_dim=16 is not supported in GPT-NeoX"),
     ],
 )

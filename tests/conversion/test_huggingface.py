@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from cla_jax.configs import ModelConfig
 from cla_jax.conversion import (
     HuggingFaceCheckpoint,
+    convert,
     huggingface_directory,
     load_huggingface,
     save_huggingface,
+    source_name,
 )
 from cla_jax.conversion.layouts import tensor_specs
 from cla_jax.conversion.parameters import parameter_shapes
@@ -81,11 +83,14 @@ def test_an_export_reproduces_every_tensor_byte_for_byte(name: str, dtype: str, 
 def test_an_export_keeps_tokenizer_files_token_ids_and_stored_buffers(tmp_path: Path):
     config, tensors, _ = golden("gpt_neox/plain")
     tensors["gpt_neox.layers.0.attention.bias"] = np.tril(np.ones((1, 1, 8, 8), bool))
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = np.array(-1e9, np.float32)
     tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = np.ones(1, np.float32)
     source = write(tmp_path / "source", {**config, "eos_token_id": 7}, tensors)
     (source / "tokenizer.json").write_text("{}")
-    save_huggingface(load_huggingface(source), tmp_path / "out")
-    assert stored(tmp_path / "out") == stored(source)
+    checkpoint = load_huggingface(source)
+    save_huggingface(checkpoint, tmp_path / "out")
+    save_huggingface(convert(checkpoint, KVSharing.none(3)), tmp_path / "converted")
+    assert stored(tmp_path / "out") == stored(tmp_path / "converted") == stored(source)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 7
 
@@ -184,11 +189,17 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path):
         load_huggingface(write(tmp_path / "d", {**config, "tie_word_embeddings": True}, tensors))
 
 
-def test_dtypes_that_do_not_serve_are_refused(tmp_path: Path):
+def test_dtypes_that_do_not_serve_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config, tensors, _ = golden("llama/gqa")
     name = "model.layers.1.self_attn.v_proj.weight"
     half = {**tensors, name: tensors[name].astype(np.float16)}
-    with pytest.raises(ValueError, match=rf"{name} is F16, but .*k_proj.* is F32"):
+    with (
+        pytest.raises(ValueError, match=rf"{name} is F16, but .*k_proj.* is F32"),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(
+            "cla_jax.conversion.safetensors_io.read_tensors", None
+        )  # the headers say so already
         load_huggingface(write(tmp_path / "a", config, half))
     double = {**tensors, name: tensors[name].astype(np.float64)}
     with pytest.raises(ValueError, match=rf"{name} is F64, which is not supported"):
@@ -215,6 +226,12 @@ def test_directories_that_hold_no_checkpoint(tmp_path: Path):
     (directory / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
         load_huggingface(directory)
+    (directory / "config.json").write_text('{"model": {}, "training": {}}')
+    with pytest.raises(ValueError, match=r"config\.json has no model_type"):
+        load_huggingface(directory)
+    (directory / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"pickled is a run of `cla-jax train`, no Hugging Face"):
+        load_huggingface(directory)
 
 
 def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -224,6 +241,8 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="is a file"):
         huggingface_directory(tmp_path / "pythia" / "config.json")
     assert huggingface_directory(tmp_path / "pythia") == tmp_path / "pythia"
+    assert source_name(tmp_path / "pythia/") == source_name(tmp_path / "pythia/.") == "pythia"
+    assert source_name("hf:no-one/nothing@v1") == "no-one/nothing@v1"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"no-one/nothing.* could not be had .* Offline, give a"):

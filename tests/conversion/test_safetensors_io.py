@@ -90,6 +90,7 @@ def test_a_flipped_bit_in_the_header_is_refused_or_shows(tmp_path: Path, whole: 
         ({"a": [1]}, 0, "tensor a is not described"),
         ({"a": {**entry(), "more": 1}}, 8, "tensor a is not described"),
         ({"a": entry("F31")}, 8, "unknown dtype 'F31'; the nearest is 'F3"),
+        ({"a": {**entry(), "dtype": []}}, 8, r"unknown dtype \[\]"),
         ({"a": entry(shape=[-2])}, 8, r"shape \[-2\]"),
         ({"a": entry(shape=[True, 2])}, 8, "tensor a has shape"),
         ({"a": entry(offsets=[0, 8, 9])}, 8, r"offsets \[0, 8, 9\]"),
@@ -138,6 +139,7 @@ def test_indexes_that_do_not_fit(tmp_path: Path):
     refused(f'{{"weight_map": {{{pairs}}}}}', "key 'c.bias' comes twice")
     refused({"weight_map": {**weight_map, "c.bias": "../x.safetensors"}}, "a plain file name")
     refused({"weight_map": {**weight_map, "c.bias": 3}}, "a plain file name")
+    refused({"weight_map": {**weight_map, "c.bias": [1]}}, r"names the file \[1\]")
     refused({"weight_map": {**weight_map, "d": shard}}, f"puts tensor d into {shard}")
     without = {k: v for k, v in weight_map.items() if k != "b.weight"}
     refused({"weight_map": without}, r"holds tensor b\.weight, which .* does not put there")

@@ -7,7 +7,6 @@ import pytest
 
 from cla_jax.data import EmbeddedCorpus, TextCorpus, prepare_corpus
 from cla_jax.data.corpora import documents_of
-from cla_jax.data.files import staged_directory
 
 
 def write_files(folder: Path, **texts: str) -> Path:
@@ -42,16 +41,6 @@ def test_prepared_corpus_round_trips_and_is_reused(tmp_path, capfd):
     assert prepare_corpus(TextCorpus(folder), tmp_path / "data").directory != info.directory
     with pytest.raises(ValueError, match="'validation'"):
         info.source("valid")
-
-
-def test_staged_directory_keeps_what_another_process_made(tmp_path):
-    final = tmp_path / "final"
-    with staged_directory(final) as staging:
-        (staging / "file").write_text("ours")
-        final.mkdir()
-        (final / "file").write_text("theirs")
-    assert (final / "file").read_text() == "theirs"
-    assert list(tmp_path.iterdir()) == [final]
 
 
 def test_missing_path_names_the_nearest(tmp_path):

@@ -1,86 +1,51 @@
 """The CLA experiments by their paths: smoke runs end to end, killed and taken up, and bad input."""
 
-import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TEXT = "the cat [sat] on the mat of a [bold]list[int]; x[:1].\n"
+from tests.experiments.processes import check_refused, run, start, table, wait_until
 
 
-def start(experiment: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, str(ROOT / f"experiments/cla/{experiment}.py"), *arguments]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def run(experiment: str, *arguments: str, cwd: Path) -> tuple[int, str, str]:
-    with start(experiment, *arguments, cwd=cwd) as process:
-        out, err = process.communicate(timeout=400)
-    return process.returncode, out, err
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-
-
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "my.txt").write_text(TEXT * 100)
-    return tmp_path
+def timeless(path: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in table(path)]
 
 
 @pytest.mark.slow
 def test_design_space_killed_and_taken_up_gives_the_same_table(text):
     options = ("--smoke", "--models", "MQA", "*CLA2", "--seeds", "0", "1", "--text", "my.txt")
-    code, out, err = run("design_space", *options, "--out", "straight", cwd=text)
+    code, out, err = run("cla/design_space", *options, "--out", "straight", cwd=text)
     assert code == 0, err
     assert "wrote straight/design_space.svg" in out
     assert "model 4 of 4: MQA-CLA2/seed-1" in err
-    rows = table(text / "straight/results.csv")
+    rows = timeless(text / "straight/results.csv")
     assert [row["model"] for row in rows] == ["tiny/MQA", "tiny/MQA-CLA2"]
     assert [row["paper_perplexity"] for row in rows] == ["13.54", "13.60"]
     assert [row["seeds"] for row in rows] == ["2", "2"]
 
-    with start("design_space", *options, "--out", "killed", cwd=text) as process:
+    with start("cla/design_space", *options, "--out", "killed", cwd=text) as process:
         # In the middle of the second run: its first checkpoint is there, its result is not.
         place = text / "killed/MQA-CLA2/seed-0"
-        deadline = time.monotonic() + 300
-        while not any(place.glob("checkpoints/*/commit_success.txt")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: any(place.glob("checkpoints/*/commit_success.txt")), process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert not (text / "killed/results.csv").exists()
     first = (text / "killed/MQA/seed-0/result.json").stat().st_mtime_ns
-    code, _, err = run("design_space", *options, "--out", "killed", cwd=text)
+    code, _, err = run("cla/design_space", *options, "--out", "killed", cwd=text)
     assert code == 0, err
     assert "model 1 of 4: MQA/seed-0: finished" in err
     assert (text / "killed/MQA/seed-0/result.json").stat().st_mtime_ns == first
-    assert table(text / "killed/results.csv") == rows
+    assert timeless(text / "killed/results.csv") == rows
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_has_its_own_exit_code(text):
     options = ("--models", "MQA", "--tokens", "1e6", "--text", "my.txt", "--out", "stopped")
-    with start("design_space", *options, cwd=text) as process:
+    with start("cla/design_space", *options, cwd=text) as process:
         metrics = text / "stopped/MQA/seed-0/metrics.jsonl"
-        deadline = time.monotonic() + 300
-        while not metrics.exists() or metrics.stat().st_size == 0:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
@@ -92,21 +57,21 @@ def test_sigterm_saves_and_has_its_own_exit_code(text):
 @pytest.mark.slow
 def test_learning_rates_climb_until_it_no_longer_improves(text):
     options = ("--smoke", "--models", "MQA", "--start", "0.05", "--text", "my.txt", "--out", "lr")
-    code, _, err = run("learning_rates", *options, cwd=text)
+    code, _, err = run("cla/learning_rates", *options, cwd=text)
     assert code == 0, err
-    rows = list(csv.DictReader((text / "lr/runs.csv").read_text().splitlines()))
+    rows = table(text / "lr/runs.csv")
     perplexities = [float(row["perplexity"] or "inf") for row in rows]
     assert len(rows) > 1
     assert perplexities[-1] >= perplexities[-2]
     assert perplexities[:-1] == sorted(perplexities[:-1], reverse=True)
-    [best] = csv.DictReader((text / "lr/results.csv").read_text().splitlines())
+    [best] = table(text / "lr/results.csv")
     assert best["bracketed"] == "yes"
     assert best["paper_rate"] == "1.5e-3"
 
 
 @pytest.mark.slow
 def test_system_costs(tmp_path):
-    code, out, err = run("system_costs", "--smoke", "--out", "costs", cwd=tmp_path)
+    code, out, err = run("cla/system_costs", "--smoke", "--out", "costs", cwd=tmp_path)
     assert code == 0, err
     assert "tiny/MQA-CLA2" in out
     saved = json.loads((tmp_path / "costs-smoke/costs.json").read_text())
@@ -130,9 +95,4 @@ def test_system_costs(tmp_path):
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(tmp_path, experiment, arguments, code, parts):
-    found, out, err = run(experiment, *arguments, "--out", "out", cwd=tmp_path)
-    assert (found, out) == (code, "")
-    assert all(part in err for part in parts), err
-    assert "Traceback" not in err
-    assert code == 2 or len(err.splitlines()) == 1
-    assert not any(tmp_path.iterdir())
+    check_refused(f"cla/{experiment}", arguments, code, parts, tmp_path)

@@ -1,12 +1,7 @@
 """The MLKV experiments by their paths: smoke runs, killed and taken up, and bad input."""
 
-import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -18,37 +13,11 @@ from cla_jax.configs import ExecutionConfig
 from cla_jax.conversion import HuggingFaceCheckpoint, save_huggingface
 from cla_jax.training import Model
 from cla_jax.training.metrics import read_metrics
-
-ROOT = Path(__file__).parents[2]
-TEXT = "the cat [sat] on the mat of a [bold]list[int]; x[:1].\n"
-
-
-def start(experiment: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    command = [sys.executable, str(ROOT / f"experiments/mlkv/{experiment}.py"), *arguments]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def run(experiment: str, *arguments: str, cwd: Path) -> tuple[int, str, str]:
-    with start(experiment, *arguments, cwd=cwd) as process:
-        out, err = process.communicate(timeout=400)
-    return process.returncode, out, err
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
+from tests.experiments.processes import check_refused, run, start, table, wait_until
 
 
 def steps(directory: Path) -> list[int]:
     return [r["step"] for r in read_metrics(directory / "metrics.jsonl") if "loss" in r]
-
-
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "my.txt").write_text(TEXT * 100)
-    return tmp_path
 
 
 def source_at(directory: Path, name: str, seed: int) -> Path:
@@ -63,18 +32,14 @@ def source_at(directory: Path, name: str, seed: int) -> Path:
 @pytest.mark.slow
 def test_uptrain_killed_and_taken_up_trains_its_own_source_once(text):
     options = ("--smoke", "--merge", "mean", "--text", "my.txt", "--out", "out", "--models")
-    with start("uptrain", *options, "MLKV-6", cwd=text) as process:
+    with start("mlkv/uptrain", *options, "MLKV-6", cwd=text) as process:
         place = text / "out/MLKV-6/mean"
-        deadline = time.monotonic() + 300
-        while not any(place.glob("checkpoints/*/commit_success.txt")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: any(place.glob("checkpoints/*/commit_success.txt")), process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert not (text / "out/results.csv").exists()
     trained = (text / "out/MHA/source/result.json").stat().st_mtime_ns
-    code, out, err = run("uptrain", *options, "MLKV-6", "MQA-12", cwd=text)
+    code, out, err = run("mlkv/uptrain", *options, "MLKV-6", "MQA-12", cwd=text)
     assert code == 0, err
     assert "MHA/source: finished" in err
     assert "variant 2 of 2: MLKV-6/mean" in err
@@ -94,7 +59,7 @@ def test_uptrain_killed_and_taken_up_trains_its_own_source_once(text):
     # Another source is another experiment.
     other = source_at(text / "other", "pythia-tiny/MHA", seed=1)
     before = sorted((text / "out").rglob("*"))
-    code, _, err = run("uptrain", *options, "MLKV-1", "--source", str(other), cwd=text)
+    code, _, err = run("mlkv/uptrain", *options, "MLKV-1", "--source", str(other), cwd=text)
     assert code == 1
     assert "holds variants of pythia-tiny/MHA" in err
     assert sorted((text / "out").rglob("*")) == before
@@ -106,8 +71,8 @@ def test_uptrain_from_a_checkpoint(text):
     (source / "tokenizer.json").write_text("{}")
     (source / "checksums.json").unlink()
     code, _, err = run(
-        "uptrain", "--smoke", "--source", str(source), "--merge", "first", "--models", "MLKV-1",
-        "--text", "my.txt", "--out", "out", cwd=text,
+        "mlkv/uptrain", "--smoke", "--source", str(source), "--merge", "first",
+        "--models", "MLKV-1", "--text", "my.txt", "--out", "out", cwd=text,
     )  # fmt: skip
     assert code == 0, err
     assert "tokenizer 'bytes', which is not" in err
@@ -124,12 +89,12 @@ def test_uptrain_from_a_checkpoint(text):
 @pytest.mark.slow
 def test_inference_goes_on_and_its_memory_is_the_formulas(tmp_path):
     options = ("--smoke", "--out", "out", "--models")
-    code, _, err = run("inference", *options, "MLKV-6", cwd=tmp_path)
+    code, _, err = run("mlkv/inference", *options, "MLKV-6", cwd=tmp_path)
     assert code == 0, err
     measured = json.loads((tmp_path / "out/inference.json").read_text())
     dropped = measured["points"].pop()
     (tmp_path / "out/inference.json").write_text(json.dumps(measured))
-    code, out, err = run("inference", *options, "MLKV-6", cwd=tmp_path)
+    code, out, err = run("mlkv/inference", *options, "MLKV-6", cwd=tmp_path)
     assert code == 0, err
     again = json.loads((tmp_path / "out/inference.json").read_text())
     assert again["points"][:-1] == measured["points"]
@@ -139,7 +104,7 @@ def test_inference_goes_on_and_its_memory_is_the_formulas(tmp_path):
     assert row["expected_row_bytes"] == str(model("pythia-tiny/MLKV-6").kv_bytes_per_token * 16)
     assert abs(float(row["deviation"])) < 2
     assert float(row["rate_8"]) > 0
-    code, _, err = run("inference", "--memory", "1MiB", "--out", "out", cwd=tmp_path)
+    code, _, err = run("mlkv/inference", "--memory", "1MiB", "--out", "out", cwd=tmp_path)
     assert code == 1
     assert "options.context: 16 there, 256 here" in err
 
@@ -163,12 +128,7 @@ def test_inference_goes_on_and_its_memory_is_the_formulas(tmp_path):
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(tmp_path, experiment, arguments, code, parts):
-    found, out, err = run(experiment, *arguments, "--out", "out", cwd=tmp_path)
-    assert (found, out) == (code, "")
-    assert all(part in err for part in parts), err
-    assert "Traceback" not in err
-    assert code == 2 or len(err.splitlines()) == 1
-    assert not any(tmp_path.iterdir())
+    check_refused(f"mlkv/{experiment}", arguments, code, parts, tmp_path)
 
 
 @pytest.mark.slow
@@ -178,7 +138,7 @@ def test_a_source_of_another_model_is_refused(text):
         str(wrong): ["the source wrong is no pythia-tiny", "kv_heads=1, expected 12", "ffn_dim="],
         "nowhere": ["no directory nowhere", "OWNER/NAME"],
     }.items():
-        code, _, err = run("uptrain", "--source", source, "--text", "my.txt", "--out", "out",
+        code, _, err = run("mlkv/uptrain", "--source", source, "--text", "my.txt", "--out", "out",
                            cwd=text)  # fmt: skip
         assert code == 1
         assert all(part in err for part in parts), err

@@ -2,16 +2,13 @@
 
 import csv
 import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from cla_jax.training import trainer
+from tests.experiments.processes import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "quickstart.py"
 TEXT = "the cat [sat] on the [/mat] of a [bold]list[int][/bold]; :smile: x[:1].\n"
 
@@ -26,14 +23,6 @@ def quickstart():
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
-
-
-def run_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 @pytest.mark.slow
@@ -95,11 +84,10 @@ def test_end_to_end_then_only_redrawn(quickstart, tmp_path, capsys, monkeypatch)
 def test_bad_text_is_one_line(tmp_path, content, parts):
     if content is not None:
         (tmp_path / "my.txt").write_bytes(content)
-    done = run_script("--text", "my.txt", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
+    code, out, err = run("quickstart", "--text", "my.txt", "--out", "out", cwd=tmp_path)
+    assert (code, out) == (1, "")
+    lines = err.splitlines()
+    assert len(lines) == 1, err
     assert lines[0].startswith("quickstart: ")
     assert all(part in lines[0] for part in parts)
     assert not (tmp_path / "out").exists()

@@ -73,6 +73,13 @@ def test_a_single_batch_has_no_slope(directory):
     assert "deviation" not in (directory / "results.md").read_text()
 
 
+def test_a_model_that_the_registry_lacks_is_named(directory):
+    text = (directory / "inference.json").read_text()
+    (directory / "inference.json").write_text(text.replace("/MLKV-1", "/MLKV-7"))
+    with pytest.raises(ValueError, match=r"inference\.json holds .*unknown model.*MLKV-7"):
+        load_inference(directory)
+
+
 @pytest.mark.parametrize(
     "text", ["[]", '{"points": 3}', '{"points": [{"model": "x"}]}', "{", '{"points": []}']
 )

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerConfig, TrainConfig
-from cla_jax.data import ByteTokenizer, Streams, write_token_stream
 from cla_jax.sharing import KVSharing
 from cla_jax.training import InitialParams, Model, train, validate
 from cla_jax.training.initial import params_fingerprint
 from cla_jax.training.metrics import MetricLog, read_metrics
+from tests.training.streams import write_streams
 
 CONFIG = ModelConfig(
     name="toy", sharing=KVSharing.cla(2, 2), d_model=16, ffn_dim=32, query_heads=2, kv_heads=1,
@@ -28,14 +28,8 @@ TRAINING = TrainConfig(
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("streams")
-    text = ["the cat sat on the mat. " * 30]
-    return Streams(*(
-        write_token_stream(
-            text, ByteTokenizer(), directory / split, split=split, corpus_fingerprint="c" * 64
-        )
-        for split in ("train", "validation")
-    ))  # fmt: skip
+    texts = ["the cat sat on the mat. " * 30]
+    return write_streams(tmp_path_factory.mktemp("streams"), {"train": texts, "validation": texts})
 
 
 @functools.cache

@@ -8,12 +8,12 @@ import types
 import pytest
 
 from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerConfig, TrainConfig
-from cla_jax.data import ByteTokenizer, Streams, write_token_stream
 from cla_jax.sharing import KVSharing
 from cla_jax.training import sweep as sweeps
 from cla_jax.training.interruption import Interrupted
 from cla_jax.training.sweep import Entry, Sweep, failures
 from cla_jax.training.trainer import check_run
+from tests.training.streams import write_streams
 
 CONFIG = ModelConfig(
     name="toy", sharing=KVSharing.cla(2, 2), d_model=16, ffn_dim=32, query_heads=2, kv_heads=1,
@@ -27,16 +27,8 @@ OPTIONS = {"experiment": {"scale": "toy", "steps": 4}, "data": {"tokens": "abc"}
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("streams")
-    return Streams(
-        *(
-            write_token_stream(
-                ["the cat sat on the mat. " * 30], ByteTokenizer(), directory / split, split=split,
-                corpus_fingerprint="c" * 64,
-            )
-            for split in ("train", "validation")
-        )
-    )  # fmt: skip
+    texts = ["the cat sat on the mat. " * 30]
+    return write_streams(tmp_path_factory.mktemp("streams"), {"train": texts, "validation": texts})
 
 
 @pytest.fixture

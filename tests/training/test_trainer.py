@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerConfig, TrainConfig
-from cla_jax.data import ByteTokenizer, Streams, write_token_stream
 from cla_jax.reporting import load_run
 from cla_jax.sharing import KVSharing
 from cla_jax.training import Model, init_state, make_train_step, train, trainer
@@ -27,6 +26,7 @@ from cla_jax.training.interruption import Interrupted
 from cla_jax.training.metrics import MetricLog, read_metrics
 from cla_jax.training.optimizer import make_optimizer
 from cla_jax.training.step import make_eval_step
+from tests.training.streams import write_streams
 
 CONFIG = ModelConfig(
     name="toy", sharing=KVSharing.cla(2, 2), d_model=16, ffn_dim=32, query_heads=2, kv_heads=1,
@@ -46,21 +46,9 @@ TEXT = {
 }
 
 
-def write_streams(directory, texts=TEXT, tokenizer=None) -> Streams:
-    return Streams(
-        *(
-            write_token_stream(
-                texts[split], tokenizer or ByteTokenizer(), directory / split, split=split,
-                corpus_fingerprint="c" * 64,
-            )
-            for split in ("train", "validation")
-        )
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory):
-    return write_streams(tmp_path_factory.mktemp("streams"))
+    return write_streams(tmp_path_factory.mktemp("streams"), TEXT)
 
 
 @pytest.fixture(scope="module", autouse=True)

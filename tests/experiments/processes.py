@@ -1,0 +1,53 @@
+"""Experiments as processes of their own, by their paths."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(experiment: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """One that runs, such as `cla/design_space`."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    command = [sys.executable, str(ROOT / f"experiments/{experiment}.py"), *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(experiment: str, *arguments: str, cwd: Path) -> tuple[int, str, str]:
+    """Its exit code, standard output and standard error, when it has ended."""
+    with start(experiment, *arguments, cwd=cwd) as process:
+        out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Looks often, while it runs, and for five minutes at most."""
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def check_refused(
+    experiment: str, arguments: list[str], code: int, parts: list[str], cwd: Path
+) -> None:
+    """Refuses its options in a line that has these parts, and writes nothing to an empty folder."""
+    found, out, err = run(experiment, *arguments, "--out", "out", cwd=cwd)
+    assert (found, out) == (code, "")
+    assert all(part in err for part in parts), err
+    assert "Traceback" not in err
+    assert code == 2 or len(err.splitlines()) == 1
+    assert not any(cwd.iterdir())
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    return list(csv.DictReader(path.read_text().splitlines()))
