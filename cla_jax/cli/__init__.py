@@ -10,6 +10,7 @@ import tyro
 
 from cla_jax.cli.conversion import Convert
 from cla_jax.cli.data import PrepareData, TrainTokenizer
+from cla_jax.cli.evaluation import Evaluate, PerplexityOf
 from cla_jax.cli.inference import Generate
 from cla_jax.cli.models import Diagram, Models
 from cla_jax.cli.planning import Plan
@@ -18,8 +19,10 @@ from cla_jax.cli.training import Report, Train
 __all__ = [
     "Convert",
     "Diagram",
+    "Evaluate",
     "Generate",
     "Models",
+    "PerplexityOf",
     "Plan",
     "PrepareData",
     "Report",
@@ -44,6 +47,8 @@ def main() -> None:
                 "train-tokenizer": TrainTokenizer,
                 "train": Train,
                 "generate": Generate,
+                "evaluate": Evaluate,
+                "perplexity": PerplexityOf,
                 "convert": Convert,
                 "plan": Plan,
                 "report": Report,
