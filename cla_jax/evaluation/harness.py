@@ -439,7 +439,8 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     try:
-        cli_evaluate()
+        with _one_process():
+            cli_evaluate()
     except ValueError as error:
         sys.exit(f"lm-eval: {error}")
 
