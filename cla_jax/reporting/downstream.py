@@ -83,7 +83,7 @@ class Evaluation:
     results: Mapping[str, Result]
     items: Mapping[str, int]
     files: Mapping[str, str | None]
-    requests: Mapping[str, float]
+    requests: Mapping[str, int | float]
     device: str
 
     @property
@@ -149,11 +149,12 @@ def load_evaluation(directory: Path) -> Evaluation:
     """
     path = directory / FILE
     try:
-        return read_evaluation(json.loads(path.read_bytes()), str(path))
+        record = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"nothing was evaluated in {directory}: {FILE} is missing") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return read_evaluation(record, str(path))
 
 
 def write_evaluation(record: Mapping[str, Any], harness: Mapping[str, Any], out: Path) -> None:

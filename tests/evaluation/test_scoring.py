@@ -1,6 +1,7 @@
 """Scores against a naive computation, one request at a time; windows against the harness's own."""
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -125,11 +126,12 @@ def test_windows_are_the_harness_s(tokens, context, data):
 
 
 def test_refusals(decoder):
-    for options, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"context": 0}, "context=0: test reads 1 to 40 tokens"),
         ({"context": CONTEXT + 1}, "context=41"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-    ):
+    )
+    for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             Scorer(decoder, **options)
     scorer = Scorer(decoder)
