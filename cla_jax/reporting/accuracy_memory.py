@@ -1,5 +1,6 @@
 """MLKV Figure 4: average accuracy against the memory of the KV cache."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -112,9 +113,11 @@ def _draw(axes: Axes, models: Sequence[AccuracyPoint], alpha: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(round(size))))
     axes.set_xlabel("KV cache of one sequence at full context, 16-bit, log scale")
     axes.set_ylabel("Average accuracy, %")
-    frontier = [at[i] for i in pareto_frontier([(x, -y) for x, y in at.tolist()])]
-    steps = np.array(frontier)
-    axes.step(steps[:, 0], steps[:, 1], where="post", color=MUTED, linewidth=0.8, alpha=alpha)
+    frontier = at[list(pareto_frontier([(x, -y) for x, y in at.tolist()]))]
+    corners = [frontier[0]]
+    for before, after in itertools.pairwise(frontier):
+        corners += [np.array((after[0], before[1])), after]
+    axes.plot(*np.array(corners).T, color=MUTED, linewidth=0.8, alpha=alpha)
     for model, place in zip(models, at, strict=True):
         shade = color(model.shares_layers)
         axes.errorbar(
@@ -122,22 +125,26 @@ def _draw(axes: Axes, models: Sequence[AccuracyPoint], alpha: float) -> None:
             markersize=5, markeredgecolor="white", markeredgewidth=0.6, elinewidth=0.8,
             capsize=2, zorder=4, alpha=alpha,
         )  # fmt: skip
-    _label(axes, models, at, errors)
+    # What names should not cover: the frontier and the error bars.
+    up = np.stack([np.zeros_like(errors), errors], axis=1)
+    bars = np.stack([at - up, at + up], axis=1)
+    lines = [*itertools.pairwise(corners), *bars]
+    covered = [_between(*points(axes, np.array(line))) for line in lines]
+    _label(axes, models, at, np.concatenate(covered))
 
 
-def _label(axes: Axes, models: Sequence[AccuracyPoint], at: np.ndarray, errors: np.ndarray) -> None:
-    """Names beside the points, off the error bars."""
+def _between(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Points `[n, 2]` a few apart on a line."""
+    return np.linspace(start, end, 2 + int(np.abs(end - start).max() // 3))
+
+
+def _label(axes: Axes, models: Sequence[AccuracyPoint], at: np.ndarray, lines: np.ndarray) -> None:
     names = short_names(model.name for model in models)
     here = points(axes, at)
     sizes = np.array([(text_width(name, LABEL), 1.15 * LABEL) for name in names])
     bounds = points(axes, np.array([axes.get_xlim(), axes.get_ylim()]).T)
     bounds += [(3, 3), (-1, -1)]
-    up = np.linspace(-1, 1, 21)
-    bars = [
-        points(axes, np.stack([np.full(21, x), y + up * e], 1))
-        for (x, y), e in zip(at, errors, strict=True)
-    ]
-    centres = place_labels(here, sizes, np.concatenate(bars), bounds)
+    centres = place_labels(here, sizes, lines, bounds)
     for model, name, place, offset in zip(models, names, at, centres - here, strict=True):
         axes.annotate(
             name, tuple(place), tuple(offset), textcoords="offset points", ha="center",
