@@ -43,11 +43,17 @@ class Evaluate:
         """Evaluate."""
         from cla_jax.evaluation.task_sets import expand, local_data
 
+        if not self.tasks:
+            raise ValueError("--tasks: name cla, mlkv or tasks of the harness")
         for option, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{option} {value} must be at least 1")
         if self.out is not None and (self.out / "evaluation.json").exists():
             raise ValueError(f"{self.out} holds an evaluation already; choose another --out")
+        if self.out is not None and (self.out / "config.json").exists():
+            raise ValueError(
+                f"{self.out} is a model's directory; choose --out {self.out}/evaluation"
+            )
         names = expand(self.tasks)
         local = None if self.data_dir is None else local_data(names, self.data_dir)
         # Slow to import; and unknown tasks are told before a model is loaded.

@@ -57,7 +57,7 @@ class Counts:
     Attributes:
         requests: log-likelihoods, rolling texts and generations.
         truncated: of these, how many were longer than the context and lost their beginning.
-        seconds: on the device and around it, compiling included.
+        seconds: of scoring and generating, compiling included; tokenizing apart.
     """
 
     requests: int = 0

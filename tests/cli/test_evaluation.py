@@ -68,6 +68,8 @@ def test_writes_records_and_tables(run, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--tasks"], "--tasks: name cla, mlkv or tasks of the harness"),
+        (["--tasks", "piqa", "--out", "run"], "run is a model's directory; choose --out run/eval"),
         (["--tasks", "piqa", "--limit", "0"], "--limit 0 must be at least 1"),
         (["--tasks", "piqa", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--tasks", "piqa", "--data-dir", "evil"], "no directory evil of task data; the nearest"),
@@ -81,6 +83,8 @@ def test_writes_records_and_tables(run, loaded, tmp_path):
 )  # fmt: skip
 def test_refuses_before_a_model_is_loaded(run, loaded, tmp_path, arguments, message):
     (tmp_path / "bad").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
     rows = [GOOD, {**GOOD, "gold": 2}]
     (tmp_path / "bad" / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, out, error = run("evaluate", "runs/mine", *arguments)

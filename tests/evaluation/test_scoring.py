@@ -34,11 +34,25 @@ def requests_for(vocabulary: int, naive: Naive, seed: int = 0) -> list[Request]:
     return [*found, Request(context, greedy), Request(context, [*greedy[:2], (greedy[2] + 1) % 19])]
 
 
+ALL = set(itertools.product(("llama", "neox"), PATTERNS))
+QUICK = [("llama", "none"), ("neox", "CLA2"), ("llama", "MLKV")]
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize(
-    ("architecture", "pattern"), list(itertools.product(("llama", "neox"), PATTERNS))
-)
+@pytest.mark.parametrize(("architecture", "pattern"), QUICK)
 def test_scores_are_those_of_one_request_at_a_time(architecture, pattern):
+    check(architecture, pattern)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize(("architecture", "pattern"), sorted(ALL - set(QUICK)))
+def test_scores_of_the_other_combinations(architecture, pattern):
+    check(architecture, pattern)
+
+
+def check(architecture, pattern):
+    """By prefill and through the cache, against the naive decoder in float64."""
     heads = list(HEADS.values())[list(PATTERNS).index(pattern)]
     config = config_of(PATTERNS[pattern], heads, architecture, sequence_length=CONTEXT)
     decoder = reference.decoder(config)
