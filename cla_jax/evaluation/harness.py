@@ -10,7 +10,6 @@ a program it is the harness's own command line with our models registered:
 import contextlib
 import dataclasses
 import difflib
-import json
 import logging
 import math
 import os
@@ -20,9 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
+from cla_jax.evaluation.records import Counts, as_json, evaluation_record
 from cla_jax.evaluation.scoring import Request, Scorer, rolling_windows
 from cla_jax.evaluation.task_sets import SETS, TASKS, TaskData
 from cla_jax.inference import GenerateConfig, Sampling, generate
@@ -43,26 +40,11 @@ except ModuleNotFoundError as missing:
         f"(no module {missing.name}): pip install 'cla-jax[eval]'"
     ) from None
 
-__all__ = ["Counts", "HarnessModel", "build_tasks", "evaluate"]
+__all__ = ["HarnessModel", "build_tasks", "evaluate"]
 
 BOOTSTRAP = 1000  # resamples behind a standard error that has no formula (LAMBADA's perplexity)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Counts:
-    """What was asked of a model so far.
-
-    Attributes:
-        requests: log-likelihoods, rolling texts and generations.
-        truncated: of these, how many were longer than the context and lost their beginning.
-        seconds: of scoring and generating, compiling included; tokenizing apart.
-    """
-
-    requests: int = 0
-    truncated: int = 0
-    seconds: float = 0.0
 
 
 class HarnessModel(TemplateLM):
@@ -136,7 +118,7 @@ class HarnessModel(TemplateLM):
         """For the harness's JSON."""
         return {
             "model_name": self.model.config.name,
-            "model_num_parameters": _parameters(self.model),
+            "model_num_parameters": self.model.config.parameters,
             "max_length": self.max_length,
             **dataclasses.asdict(self.counts),
         }
@@ -360,64 +342,12 @@ def evaluate(
             task_manager=TaskManager(include_defaults=False),
         )  # fmt: skip
     assert found is not None
-    harness = json.loads(json.dumps(dict(found), default=_plain))
-    results = {
-        name: {
-            "metrics": _metrics(values),
-            "items": harness["n-samples"][name]["effective"],
-            "data": local[name].file if local and name in local else None,
-            "sha256": local[name].sha256 if local and name in local else None,
-        }
-        for name, values in harness["results"].items()
-        if name in harness["n-samples"]  # groups of tasks have no items of their own
-    }
-    counts, scorer = adapter.counts, adapter.scorer
-    running = max(counts.seconds - scorer.compile_seconds, 1e-9)
-    record = {
-        "model": model.config.name,
-        "parameters": _parameters(model),
-        "kv_bytes_per_token": model.config.kv_bytes_per_token,
-        "shares_layers": model.config.kv_layers < model.config.num_layers,
-        "context": scorer.context,
-        "compute_dtype": model.decoder.execution.compute_dtype,
-        "through_cache": through_cache,
-        "limit": limit,
-        "tasks": results,
-        "requests": {
-            **dataclasses.asdict(counts),
-            "compile_seconds": scorer.compile_seconds,
-            "compiled_shapes": len(scorer.shapes),
-            "requests_per_second": counts.requests / running,
-        },
-        "device": jax.devices()[0].device_kind,
-        "lm_eval": harness.get("lm_eval_version"),
-    }
-    return record, harness
-
-
-def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`{"acc,none": x, "acc_stderr,none": y}` as `{"acc": {"value": x, "stderr": y}}`."""
-    metrics: dict[str, dict[str, float | None]] = {}
-    for key, value in values.items():
-        name, comma, _ = key.partition(",")
-        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        error = values.get(key.replace(",", "_stderr,", 1))
-        metrics[name] = {
-            "value": float(value),
-            "stderr": float(error) if isinstance(error, int | float) else None,
-        }
-    return metrics
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    return str(value)
-
-
-def _parameters(model: TextModel) -> int:
-    return sum(array.size for array in jax.tree.leaves(model.decoder))
+    results = as_json(dict(found))
+    record = evaluation_record(
+        model, adapter.scorer, adapter.counts, results,
+        local=local or {}, limit=limit, through_cache=through_cache,
+    )  # fmt: skip
+    return record, results
 
 
 @contextlib.contextmanager
