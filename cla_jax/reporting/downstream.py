@@ -94,11 +94,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A model in a table: one of ours, or of the paper's."""
+    """A model in a table: one of ours, or of the paper's, with the average as printed there."""
 
     model: str
     source: str
     results: Mapping[str, Result]
+    average: Result | None
 
 
 class _Cell(NamedTuple):
@@ -115,7 +116,7 @@ _CELLS: tuple[Column[_Cell], ...] = (
     Column("items", "items", lambda c: c.items, "d"),
     Column("ours", "ours", lambda c: c.result.value, ".2f"),
     Column("stderr", "±", lambda c: c.result.stderr, ".2f"),
-    Column("paper", "the papers'", lambda c: c.printed),
+    Column("paper", "the paper's", lambda c: c.printed),
 )
 
 
@@ -172,10 +173,14 @@ def lines(evaluations: Sequence[Evaluation], paper: DownstreamTable) -> list[Lin
     found = list[Line]()
     for variant, values in paper.rows.items():
         printed = {t: Result(v) for t, v in zip(paper.tasks, values, strict=True)}
-        found.append(Line(variant, "paper", printed))
-        found += [Line(e.model, "ours", e.results) for e in ours if _variant(e) == variant]
-    others = [e for e in ours if _variant(e) not in paper.rows]
-    return found + [Line(e.model, "ours", e.results) for e in others]
+        average = paper.averages.get(variant)
+        found.append(Line(variant, "paper", printed, None if average is None else Result(average)))
+        found += [_line(e) for e in ours if _variant(e) == variant]
+    return found + [_line(e) for e in ours if _variant(e) not in paper.rows]
+
+
+def _line(evaluation: Evaluation) -> Line:
+    return Line(evaluation.model, "ours", evaluation.results, evaluation.average)
 
 
 def table(evaluations: Sequence[Evaluation]) -> Table:
@@ -198,7 +203,7 @@ def write_evaluations(evaluations: Sequence[Evaluation], out: Path) -> Written:
     """
     if not evaluations:
         raise ValueError("no evaluations to set beside each other: expected at least one")
-    ours = [Line(e.model, "ours", e.results) for e in evaluations]
+    ours = [_line(e) for e in evaluations]
     csv = csv_text(ours, _csv_columns(_tasks(evaluations)))
     drawn = [e for e in evaluations if e.average is not None]
     written = [
@@ -223,14 +228,17 @@ def _variant(evaluation: Evaluation) -> str:
 def _printed(evaluation: Evaluation, task: str) -> str | None:
     """What the papers print of this model and task."""
     found = list[str]()
+    variant = _variant(evaluation)
     for paper in DOWNSTREAM:
-        values = paper.rows.get(_variant(evaluation))
+        values = paper.rows.get(variant)
         if values is None or evaluation.model.partition("/")[0] not in paper.scales:
             continue
-        results = {t: Result(v) for t, v in zip(paper.tasks, values, strict=True)}
-        result = _average(results) if task == "average" else results.get(task)
-        if result is not None:
-            found.append(f"{result} ({paper.title.partition(' (')[0]})")
+        printed = dict(zip(paper.tasks, values, strict=True))
+        if variant in paper.averages:
+            printed["average"] = paper.averages[variant]
+        if task in printed:
+            number = paper.title.partition(" (")[0].partition(" ")[2]  # Table 4
+            found.append(f"{printed[task]:.2f} ({number})")
     return ", ".join(found) or None
 
 
@@ -269,9 +277,7 @@ def _columns(tasks: Sequence[str]) -> list[Column[Line]]:
             Column(task, _HEADINGS.get(task, task), lambda line, t=task: _shown(line.results, t))
         )
     if set(AVERAGED) <= set(tasks):
-        columns.append(
-            Column("average", _HEADINGS["average"], lambda line: _str(_average(line.results)))
-        )
+        columns.append(Column("average", _HEADINGS["average"], lambda line: _str(line.average)))
     return columns
 
 
@@ -309,8 +315,7 @@ def _document(evaluations: Sequence[Evaluation], drawn: bool) -> str:
         "Accuracies are in per cent (`acc`, not normalised by length), ± standard errors. "
         "Perplexities have none.",
         "",
-        markdown([Line(e.model, "ours", e.results) for e in evaluations],
-                 _columns(_tasks(evaluations))),
+        markdown([_line(e) for e in evaluations], _columns(_tasks(evaluations))),
     ]  # fmt: skip
     for e in evaluations:
         data = ", ".join(

@@ -137,12 +137,14 @@ class DownstreamTable:
         tasks: its columns, by the harness's names; `wikitext` is a word perplexity, from the
             paper's own table of perplexities, all others are accuracies in per cent.
         rows: of each model.
+        averages: of each model, as printed; the CLA paper prints none.
     """
 
     title: str
     scales: tuple[str, ...]
     tasks: tuple[str, ...]
     rows: dict[str, tuple[float, ...]]
+    averages: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 _CLA_TASKS = ("wikitext", "hellaswag", "piqa", "winogrande", "sciq", "openbookqa", "boolq",
@@ -175,13 +177,13 @@ DOWNSTREAM: tuple[DownstreamTable, ...] = (
         "MLKV-4": (40.03, 23.64, 60.17, 65.4),
         "MLKV-2": (40.91, 22.03, 59.47, 64.7),
         "MLKV-1": (38.26, 8.56, 59.25, 58.4),
-    }),
+    }, {variant: result.accuracy for variant, result in MLKV_160M.items()}),
     DownstreamTable("MLKV Table 4", ("pythia-410m",), _MLKV_TASKS, {
         "MHA": (51.6, 51.93, 67.19, 82.7),
         "MQA-24": (46.04, 34.06, 63.82, 75.1),
         "MLKV-12": (44.70, 33.11, 62.89, 75.4),
         "MLKV-8": (46.04, 31.28, 62.62, 72.9),
-    }),
+    }, {variant: result.accuracy for variant, result in MLKV_410M.items()}),
 )  # fmt: skip
 """Tables 4, 6 and 8 of the CLA paper, 3 and 4 of the MLKV paper."""
 
