@@ -11,6 +11,7 @@ import tyro
 from cla_jax.cli.conversion import Convert
 from cla_jax.cli.data import PrepareData, TrainTokenizer
 from cla_jax.cli.doctor import Doctor
+from cla_jax.cli.evaluation import Evaluate, PerplexityOf
 from cla_jax.cli.inference import Generate
 from cla_jax.cli.models import Diagram, Models
 from cla_jax.cli.planning import Plan
@@ -20,8 +21,10 @@ __all__ = [
     "Convert",
     "Diagram",
     "Doctor",
+    "Evaluate",
     "Generate",
     "Models",
+    "PerplexityOf",
     "Plan",
     "PrepareData",
     "Report",
@@ -46,6 +49,8 @@ def main() -> None:
                 "train-tokenizer": TrainTokenizer,
                 "train": Train,
                 "generate": Generate,
+                "evaluate": Evaluate,
+                "perplexity": PerplexityOf,
                 "convert": Convert,
                 "plan": Plan,
                 "report": Report,

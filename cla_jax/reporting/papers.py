@@ -1,7 +1,7 @@
 """What the papers print, to stand beside what we measure.
 
 CLA: Brandon et al. 2024, "Reducing Transformer Key-Value Cache Size with Cross-Layer Attention"
-(arXiv 2405.12981), Tables 1, 3, 5 and 7. MLKV: Zuhri et al. 2024, "MLKV: Multi-Layer Key-Value
+(arXiv 2405.12981), Tables 1 and 3 to 8. MLKV: Zuhri et al. 2024, "MLKV: Multi-Layer Key-Value
 Heads for Memory Efficient Transformer Decoding" (arXiv 2406.09297), Tables 2, 3 and 4.
 """
 
@@ -12,9 +12,11 @@ __all__ = [
     "CLA_TABLE_3",
     "CLA_TABLE_5",
     "CLA_TABLE_7",
+    "DOWNSTREAM",
     "MLKV_160M",
     "MLKV_410M",
     "MLKV_LARGEST_BATCH",
+    "DownstreamTable",
     "MLKVResult",
     "PaperResult",
     "variant_in_paper",
@@ -123,6 +125,67 @@ MLKV_410M: dict[str, MLKVResult] = {
 
 MLKV_LARGEST_BATCH: dict[str, int] = {"MHA": 48, "MLKV-2": 940, "MLKV-1": 1100}
 """Pythia-160M at 2048 tokens on a 12 GB GPU (section 5.2); the others are drawn, not printed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DownstreamTable:
+    """A table of benchmark results, zero-shot.
+
+    Attributes:
+        title: paper and number.
+        scales: of our models that stand beside it.
+        tasks: its columns, by the harness's names; `wikitext` is a word perplexity, from the
+            paper's own table of perplexities, all others are accuracies in per cent.
+        rows: of each model.
+        averages: of each model, as printed; the CLA paper prints none.
+    """
+
+    title: str
+    scales: tuple[str, ...]
+    tasks: tuple[str, ...]
+    rows: dict[str, tuple[float, ...]]
+    averages: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+_CLA_TASKS = ("wikitext", "hellaswag", "piqa", "winogrande", "sciq", "openbookqa", "boolq",
+              "arc_easy")  # fmt: skip
+_MLKV_TASKS = ("arc_easy", "lambada_openai", "piqa", "sciq")
+
+DOWNSTREAM: tuple[DownstreamTable, ...] = (
+    DownstreamTable("CLA Table 4 (Wikitext: Table 3)", ("1B", "mini", "tiny"), _CLA_TASKS, {
+        "H128-MQA": (19.30, 36.24, 69.15, 52.96, 82.9, 19.0, 57.40, 55.43),
+        "H128-MQA-CLA2": (19.29, 36.01, 69.15, 51.93, 82.6, 21.4, 53.21, 53.87),
+        "H64-MQA": (20.00, 35.22, 69.21, 50.75, 78.5, 19.4, 55.81, 51.68),
+    }),
+    DownstreamTable("CLA Table 6 (Wikitext: Table 5)", ("3B",), _CLA_TASKS, {
+        "H128-MQA": (13.63, 45.73, 73.07, 60.46, 88.1, 25.4, 59.30, 64.90),
+        "H128-MQA-CLA2": (13.25, 47.12, 74.32, 60.69, 89.2, 25.2, 58.62, 64.73),
+        "H64-MQA": (13.49, 46.42, 74.05, 57.85, 88.1, 25.6, 59.88, 65.57),
+    }),
+    DownstreamTable("CLA Table 8 (Wikitext: Table 7)", ("3B",), _CLA_TASKS, {
+        "H64-MQA": (12.94, 47.34, 74.54, 60.46, 88.9, 24.2, 57.25, 66.92),
+        "H64-MQA-CLA2": (12.99, 47.32, 74.54, 57.46, 87.9, 25.2, 61.62, 65.53),
+        "H32-MQA": (13.34, 46.05, 73.83, 60.06, 88.6, 25.6, 61.87, 65.24),
+    }),
+    DownstreamTable("MLKV Table 3", ("pythia-160m", "pythia-tiny"), _MLKV_TASKS, {
+        "MHA": (43.94, 33.63, 61.37, 72.2),
+        "GQA-48": (41.92, 29.38, 60.77, 68.6),
+        "MLKV-48": (42.13, 26.18, 59.96, 68.9),
+        "MQA-12": (40.19, 26.74, 61.10, 69.7),
+        "MLKV-12": (41.08, 23.44, 60.28, 70.3),
+        "MLKV-6": (41.41, 24.35, 60.55, 69.9),
+        "MLKV-4": (40.03, 23.64, 60.17, 65.4),
+        "MLKV-2": (40.91, 22.03, 59.47, 64.7),
+        "MLKV-1": (38.26, 8.56, 59.25, 58.4),
+    }, {variant: result.accuracy for variant, result in MLKV_160M.items()}),
+    DownstreamTable("MLKV Table 4", ("pythia-410m",), _MLKV_TASKS, {
+        "MHA": (51.6, 51.93, 67.19, 82.7),
+        "MQA-24": (46.04, 34.06, 63.82, 75.1),
+        "MLKV-12": (44.70, 33.11, 62.89, 75.4),
+        "MLKV-8": (46.04, 31.28, 62.62, 72.9),
+    }, {variant: result.accuracy for variant, result in MLKV_410M.items()}),
+)  # fmt: skip
+"""Tables 4, 6 and 8 of the CLA paper, 3 and 4 of the MLKV paper."""
 
 
 def variant_in_paper(name: str) -> str:

@@ -13,6 +13,8 @@ from rich.console import Console
 from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting.design_space import write_design_space
+from cla_jax.reporting.downstream import FILE as EVALUATION
+from cla_jax.reporting.downstream import Evaluation, load_evaluation, write_evaluations
 from cla_jax.reporting.inference_costs import write_inference_costs
 from cla_jax.reporting.learning_rates import write_learning_rates
 from cla_jax.reporting.runs import Run, load_run
@@ -40,18 +42,20 @@ _SWEEPS: Mapping[str, Callable[[SweepRecord, Path], Written]] = {
 def report(
     directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
 ) -> list[Written]:
-    """Writes the tables and figures of sweeps, of measured costs, or of runs.
+    """Writes the tables and figures of sweeps, of measured costs, of evaluations or of runs.
 
-    Runs are set beside each other in one table, the first as the baseline.
+    Runs are set beside each other in one table, the first as the baseline; so are evaluations.
 
     Args:
-        directories: sweeps' (`sweep.json`), measured costs' (`costs.json`, `inference.json`) or
-            finished runs' (`result.json`).
-        out: where to write. Default: a sweep's own directory; for runs `runs/report`. Of several
-            sweeps each gets a directory of its name there.
+        directories: sweeps' (`sweep.json`), measured costs' (`costs.json`, `inference.json`),
+            evaluations' (`evaluation.json`) or finished runs' (`result.json`).
+        out: where to write. Default: a sweep's own directory, or a single evaluation's; for runs
+            `runs/report`, for evaluations its folder `evaluations`. Of several sweeps each gets a
+            directory of its name there.
 
     Returns:
-        What was written, directory by directory; the runs' comparison last.
+        What was written, directory by directory; then the evaluations' tables, last the runs'
+        comparison.
 
     Raises:
         ValueError: a directory that holds none of these, or an experiment that is not known; all
@@ -60,7 +64,7 @@ def report(
     if not directories:
         raise ValueError("no directories to report on: give a sweep's, or those of finished runs")
     jobs = list[tuple[Callable[[Path], Written], Path]]()
-    runs = list[Run]()
+    runs, evaluations = list[Run](), list[Evaluation]()
     for directory in map(Path, directories):
         if (directory / "sweep.json").exists():
             sweep = load_sweep(directory)
@@ -75,16 +79,25 @@ def report(
             jobs.append((lambda to, at=directory: write_system_costs(at, to), directory))
         elif (directory / "inference.json").exists():
             jobs.append((lambda to, at=directory: write_inference_costs(at, to), directory))
+        elif (directory / EVALUATION).exists():
+            evaluations.append(load_evaluation(directory))
         elif (directory / "result.json").exists():
             runs.append(load_run(directory))
         else:
             raise ValueError(_nothing(directory))
     places = [place if out is None else Path(out) / place.name for _, place in jobs]
-    if out is not None and len(jobs) == 1 and not runs:
+    if out is not None and len(jobs) == 1 and not runs and not evaluations:
         places = [Path(out)]
     if len(set(places)) < len(places):
         raise ValueError(f"two sweeps of one name would write to the same directory in {out}")
     written = [write(to) for (write, _), to in zip(jobs, places, strict=True)]
+    if evaluations:
+        alone = len(directories) == len(evaluations)
+        if out is not None:
+            place = Path(out) if alone else Path(out) / "evaluations"
+        else:
+            place = Path(directories[0] if len(directories) == 1 else "runs/report/evaluations")
+        written.append(write_evaluations(evaluations, place))
     if runs:
         written.append(write_comparison(runs, Path("runs/report" if out is None else out)))
     return written
@@ -124,4 +137,7 @@ def _nothing(directory: Path) -> str:
     hint = f"; give its runs instead: {directory}/*" if below else ""
     if (directory / "config.json").exists():
         hint = ": its run has not finished"
-    return f"{directory} holds neither a sweep (sweep.json) nor a finished run (result.json){hint}"
+    return (
+        f"{directory} holds neither a sweep (sweep.json) nor an evaluation ({EVALUATION}) nor a "
+        f"finished run (result.json){hint}"
+    )

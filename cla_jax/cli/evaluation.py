@@ -1,0 +1,138 @@
+"""`cla-jax evaluate` and `cla-jax perplexity`: how well trained models predict."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Score a model on benchmarks, zero-shot, through EleutherAI's lm-evaluation-harness.
+
+    Needs `pip install 'cla-jax[eval]'`. Examples: `cla-jax evaluate runs/mine --tasks cla
+    --data-dir eval --out runs/mine-eval` and `cla-jax evaluate runs/mine --tasks piqa --limit 100`
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A run's directory or a Hugging Face checkpoint directory, as for generate."""
+    tasks: tuple[str, ...]
+    """The papers' sets, cla and mlkv; or tasks of the harness by name."""
+    limit: int | None = None
+    """The first so many items of each task. Default: all."""
+    data_dir: Path | None = None
+    """Take the papers' tasks from files (docs/experiments.md has the layout), nothing from the hub.
+    Default: from the Hugging Face hub, or what its cache holds."""
+    include_path: Path | None = None
+    """A directory of task YAML files of your own."""
+    batch_size: int | None = None
+    """Sequences of full length at a time; shorter ones go in larger batches. Default: 8,192
+    tokens."""
+    through_cache: bool = False
+    """Score token by token through the KV cache, as text is generated, instead of by prefill."""
+    out: Path | None = None
+    """Write evaluation.json, the harness's results.json and tables here; it must hold no evaluation
+    yet. Default: print the table."""
+    tokenizer: str | None = None
+    """For a directory that does not hold its own: as for prepare-data."""
+
+    def run(self) -> None:
+        """Evaluate."""
+        from cla_jax.evaluation.task_sets import expand, local_data
+
+        if not self.tasks:
+            raise ValueError("--tasks: name cla, mlkv or tasks of the harness")
+        for option, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option} {value} must be at least 1")
+        if self.out is not None and (self.out / "evaluation.json").exists():
+            raise ValueError(f"{self.out} holds an evaluation already; choose another --out")
+        if self.out is not None and (self.out / "config.json").exists():
+            raise ValueError(
+                f"{self.out} is a model's directory; choose --out {self.out}/evaluation"
+            )
+        names = expand(self.tasks)
+        local = None if self.data_dir is None else local_data(names, self.data_dir)
+        # Slow to import; and unknown tasks are told before a model is loaded.
+        from cla_jax.evaluation import harness
+        from cla_jax.loading import load
+        from cla_jax.reporting.downstream import read_evaluation, table, write_evaluation
+        from cla_jax.reporting.report import report, show
+
+        built = harness.build_tasks(names, local, self.include_path)
+        model = load(self.checkpoint, tokenizer=self.tokenizer)
+        record, results = harness.evaluate(
+            model, built, local=local, limit=self.limit, batch_size=self.batch_size,
+            through_cache=self.through_cache,
+        )  # fmt: skip
+        if self.out is None:
+            Console(soft_wrap=True).print(table([read_evaluation(record, str(self.checkpoint))]))
+        else:
+            write_evaluation(record, results, self.out)
+            show(report([self.out]))
+        requests = record["requests"]
+        print(
+            f"{requests['requests']:,} requests, {requests['truncated']:,} of them longer than "
+            f"the context of {record['context']:,} tokens; {requests['seconds']:,.1f} s, of which "
+            f"{requests['compile_seconds']:,.1f} s compiling {requests['compiled_shapes']} shapes; "
+            f"{requests['requests_per_second']:,.1f} requests/s without that"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityOf:
+    """Measure a model's perplexity on texts: per token, per byte and per word.
+
+    Example: `cla-jax perplexity runs/mine --text book.txt --stride 128`
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A run's directory or a Hugging Face checkpoint directory, as for generate."""
+    text: tuple[Path, ...]
+    """UTF-8 files, each a document of its own."""
+    stride: int | None = None
+    """Tokens that each window adds: fewer give every token more context and take longer. Default:
+    the model's context, disjoint windows."""
+    batch_size: int | None = None
+    """Windows at a time. Default: 8,192 tokens."""
+    tokenizer: str | None = None
+    """For a directory that does not hold its own: as for prepare-data."""
+
+    def run(self) -> None:
+        """Measure."""
+        texts = [_read(path) for path in self.text]
+        if not any(texts):
+            raise ValueError("--text: nothing but empty files")
+        from cla_jax.evaluation import Scorer, perplexity
+        from cla_jax.loading import load
+
+        model = load(self.checkpoint, tokenizer=self.tokenizer)
+        scorer = Scorer(model.decoder, batch_size=self.batch_size)
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("windows", total=None)
+            found = perplexity(
+                scorer, model.tokenizer, texts, stride=self.stride,
+                on_done=lambda n: bar.advance(task, n),
+            )  # fmt: skip
+        stride = scorer.context if self.stride is None else self.stride
+        print(f"{model.config.name}, context {scorer.context:,}, stride {stride:,}")
+        for what, count, value in (
+            ("token", found.tokens, found.token_perplexity),
+            ("byte", found.bytes, found.byte_perplexity),
+            ("word", found.words, found.word_perplexity),
+        ):
+            print(f"{what:5}  perplexity {value:,.4f}  ({count:,})")
+        print(f"{found.bits_per_byte:.4f} bits per byte")
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"--text: there is no file {path}")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is wrong") from None
