@@ -96,8 +96,10 @@ $(BIN)/uv: | $(VENV)/.stamp-venv
 	$(BIN)/python -m pip install --quiet uv
 
 # The package itself goes in without dependencies and without an isolated build: the lock has both.
+# Python's own pip may be old; before 24 it stumbles over an extra of a locked package (typepy[datetime]).
 define install
 @echo "Installing $(1) into $(VENV): $(2), once ..."
+@$(BIN)/python -m pip install --quiet --upgrade "pip>=24.1" || true
 @$(BIN)/python -m pip install --quiet --require-hashes --requirement $(1)
 @$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endef
