@@ -3,6 +3,7 @@ model it ends with computes what an independent implementation of CLA2 computes.
 
 import contextlib
 import difflib
+import inspect
 import io
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from flax import nnx
 
 from cla_jax import KV, KVCache, KVSharing, extend_layers, scan_layers, stack_layers
+from cla_jax.models import attention
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "reuse.md").read_text("utf-8")
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
@@ -40,7 +42,7 @@ def test_prints_what_it_says(page: dict[str, Any]):
 
 def test_cla2_changes_at_most_fifteen_lines():
     before, after = (code.splitlines() for code, _ in (BLOCKS[0], BLOCKS[2]))
-    assert before[0] == after[0] == "import functools"
+    assert before[0] == after[0] == "import jax"
     changed = [
         line for line in difflib.unified_diff(before, after, n=0) if re.match(r"\+(?!\+\+)", line)
     ]
@@ -196,3 +198,53 @@ def test_state_that_a_scan_would_lose_is_refused():
     layers = stack_layers(Dropping, sharing, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"holds Rng\w+ at .*dropout.*: carry it in x"):
         scan_layers(Sum.__call__, sharing, layers, jnp.ones((2, 3, 8)))
+
+
+def test_heads_are_an_axis():
+    """`jax.nn` would take `[B, T, D]` for one row of B tokens, and mix the batch."""
+    x = jnp.ones((2, 6, 8))
+    # Past the annotations, which only the tests check.
+    unchecked = inspect.unwrap(attention._attention)
+    with pytest.raises(ValueError, match=r"queries are \(2, 6, 8\): expected \[batch, length"):
+        unchecked(x, KV._make((x, x)), None, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ([5, 4], "each must be 0 to the 4 tokens"),
+        ([-1, 4], "each must be 0 to the 4 tokens"),
+        ([4], "an integer for each of 2 rows"),
+    ],
+)
+def test_widths_out_of_range(widths: list[int], message: str):
+    sharing = KVSharing.cla(4, 2)
+    layers = stack_layers(Sum, sharing, rngs=nnx.Rngs(0))
+    cache = KVCache.of_layers(sharing, 2, 6, kv_heads=1, head_dim=8, dtype="float32")
+    with pytest.raises(ValueError, match=message):
+        extend_layers(Sum.__call__, sharing, layers, jnp.ones((2, 4, 8)), cache, jnp.array(widths))
+
+
+def test_a_stack_that_is_too_short_is_refused():
+    """JAX would take the last layer again."""
+    sharing = KVSharing.cla(6, 2)
+    layers = stack_layers(Sum, sharing, rngs=nnx.Rngs(0))
+    layers[0][1] = jax.tree.map(lambda a: a[:2], layers[0][1])
+    with pytest.raises(ValueError, match=r"segment 0, position 1 .*leading axis of 3 repeats"):
+        scan_layers(Sum.__call__, sharing, layers, jnp.ones((2, 3, 8)))
+
+
+@pytest.mark.parametrize("owners", [(0, 0, 2, 2), (0, 1, 2, 3, 3, 3, 3, 3)], ids=str)
+def test_inside_shard_map(owners: tuple[int, ...]):
+    """Also where K/V leave a scanned segment, in its carry."""
+    sharing = KVSharing(owners)
+    layers = stack_layers(Sum, sharing, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (8, 3, 8))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+
+    def run(x: jax.Array) -> jax.Array:
+        return scan_layers(Sum.__call__, sharing, layers, x)
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows)
+    np.testing.assert_allclose(jax.jit(sharded)(x), run(x), rtol=2e-5, atol=2e-5)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from cla_jax._choices import check_choice
@@ -27,6 +28,28 @@ def check_dtype(dtype: str) -> None:
     if not isinstance(dtype, str):
         raise ValueError(f"cache_dtype={dtype!r}: expected a name, such as 'bfloat16'")
     check_choice("cache_dtype", dtype, CACHE_DTYPES)
+
+
+def check_widths(widths: Any, rows: int, length: int) -> Int[Array, "b"]:
+    """How many of `length` new tokens are each row's, as int32; None: all.
+
+    Raises:
+        ValueError: no integer for each row, or one beyond 0 to `length` (traced ones are clipped).
+    """
+    if widths is None:
+        return jnp.full((rows,), length, jnp.int32)
+    if not isinstance(widths, Tracer):
+        given = np.asarray(widths)
+        if given.size and not (given.min() >= 0 and given.max() <= length):
+            raise ValueError(
+                f"widths {given.tolist()}: each must be 0 to the {length} tokens given"
+            )
+    widths = jnp.asarray(widths)
+    if widths.shape != (rows,) or not jnp.issubdtype(widths.dtype, jnp.integer):
+        raise ValueError(
+            f"widths are {widths.dtype} {widths.shape}: expected an integer for each of {rows} rows"
+        )
+    return jnp.clip(widths, 0, length).astype(jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -97,11 +120,20 @@ class KVCache:
             head_dim: `H`.
             dtype: bfloat16, float16 or float32.
             stacked: one stack of all KV layers, rather than one of each.
+
+        Examples:
+            >>> sharing = KVSharing.cla(num_layers=6, factor=2)
+            >>> cache = KVCache.of_layers(sharing, batch=2, length=16, kv_heads=1, head_dim=64)
+            >>> cache.kv_layers, cache.nbytes
+            (3, 24576)
+
+        Raises:
+            ValueError: a size that is not positive, an unknown dtype.
         """
         sizes = {"batch": batch, "length": length, "kv_heads": kv_heads, "head_dim": head_dim}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"a KV cache of {name} {value}: expected at least 1")
+            if not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"a KV cache of {name} {value}: expected an integer, at least 1")
         check_dtype(dtype)
         in_stack = sharing.kv_layers if stacked else 1
         shape = (in_stack, batch, length, kv_heads, head_dim)

@@ -15,9 +15,9 @@ import numpy as np
 from cla_kernels import decode_attention
 from jaxtyping import Array, Float, Int
 
-from cla_jax.inference.cache import KVCache
+from cla_jax.inference.cache import KVCache, check_widths
 from cla_jax.models import KV, attend_behind, scan_layers, unstack_layer
-from cla_jax.models.stack import LayerFn, Layers, check_layers
+from cla_jax.models.stack import LayerFn, Layers, check_kept, check_layers
 from cla_jax.sharing import KVSharing
 
 # Queries a row up to which attention reads the cache as it lies; more are a chunk of a prompt,
@@ -66,14 +66,16 @@ class CacheEntry:
         """
         if self.appended:
             raise ValueError("K/V were appended to this entry before: an owner appends once a call")
-        B, T, K, H = kv.k.shape
-        _, rows, _, heads, head_dim = self.cache.k[0].shape
-        if (rows, heads, head_dim) != (B, K, H) or kv.v.shape != kv.k.shape:
+        _, rows, length, heads, head_dim = self.cache.k[0].shape
+        tokens = kv.k.shape[1] if kv.k.ndim == 4 else 0
+        if kv.k.shape != (rows, tokens, heads, head_dim) or kv.v.shape != kv.k.shape:
             raise ValueError(
                 f"K/V {kv.k.shape} and {kv.v.shape} for a cache of {rows} rows, {heads} KV heads "
                 f"and head dim {head_dim}: expected [{rows}, T, {heads}, {head_dim}] for both"
             )
-        return dataclasses.replace(self, cache=self.cache.write(self.slot, kv), appended=T)
+        if not 0 < tokens <= length:
+            raise ValueError(f"{tokens} tokens a row for a cache with room for {length}")
+        return dataclasses.replace(self, cache=self.cache.write(self.slot, kv), appended=tokens)
 
     def attend(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         """Causal attention of the new tokens' queries over all that the entry holds.
@@ -102,7 +104,7 @@ def extend_layers[X](
     layers: Layers,
     x: X,
     cache: KVCache,
-    widths: Int[Array, "B"] | None = None,
+    widths: Int[Array, "B"] | np.ndarray | list[int] | None = None,
 ) -> tuple[X, KVCache]: ...
 def extend_layers[X](
     layer: LayerFn[X, Any],
@@ -110,7 +112,7 @@ def extend_layers[X](
     layers: Layers,
     x: X,
     cache: KVCache | None,
-    widths: Int[Array, "B"] | None = None,
+    widths: Int[Array, "B"] | np.ndarray | list[int] | None = None,
 ) -> tuple[X, KVCache | None]:
     """Run new tokens through every layer, behind those that are cached: prefill or decoding.
 
@@ -125,17 +127,36 @@ def extend_layers[X](
         x: of `T` new tokens a row; any pytree.
         cache: `KVCache.of_layers`, with room for them: tokens for which a row has none are dropped.
             None: `x` is whole sequences, and `scan_layers` runs them.
-        widths: how many of the `T` tokens are the row's, where rows are padded on the right;
-            default all.
+        widths: how many of the `T` tokens are the row's, 0 to `T`, where rows are padded on the
+            right; default all. Only with a cache.
+
+    Examples:
+        >>> def layer(parameters, x, kv):  # a head of dim 8, no query projection
+        ...     h = x[:, :, None]
+        ...     if "key" in parameters:  # an owner
+        ...         kv = KV(h @ parameters["key"], h @ parameters["value"]).behind(kv)
+        ...     return x + kv.attend(h)[:, :, 0], kv
+        >>> sharing = KVSharing.cla(num_layers=4, factor=2)
+        >>> matrices = jax.random.normal(jax.random.key(0), (2, 8, 8))
+        >>> layers = [[{"key": matrices, "value": matrices}, {}]]
+        >>> x = jax.random.normal(jax.random.key(1), (1, 6, 8))
+        >>> whole, _ = extend_layers(layer, sharing, layers, x, None)
+        >>> cache = KVCache.of_layers(sharing, 1, 6, kv_heads=1, head_dim=8, dtype="float32")
+        >>> _, cache = extend_layers(layer, sharing, layers, x[:, :5], cache)
+        >>> last, cache = extend_layers(layer, sharing, layers, x[:, 5:], cache)
+        >>> bool(jnp.allclose(last, whole[:, 5:], atol=1e-5))
+        True
 
     Returns:
         `x` after the last layer, and the cache with the new tokens' K/V in it, or None.
 
     Raises:
         ValueError: a cache of another number of KV layers; an owner that returns anything but its
-            entry with new K/V appended; see `scan_layers` too.
+            entry with new K/V appended; widths out of range; see `scan_layers` too.
     """
     if cache is None:
+        if widths is not None:
+            raise ValueError("widths without a cache: whole sequences have none")
         return scan_layers(layer, sharing, layers, x), None
     check_layers(sharing, layers)
     if cache.kv_layers != sharing.kv_layers:
@@ -146,16 +167,18 @@ def extend_layers[X](
     appended = 0
     for index, slot in enumerate(sharing.cache_slots):
         parameters = unstack_layer(layers, sharing, index)
+        owns, before = sharing.owns(index), x
+        # In the cache as it is now: an older one kept alive would be a copy of it.
+        given = CacheEntry(cache, slot, 0 if owns else entries[slot].appended)
         with jax.named_scope(f"layer_{index}"):
-            if not sharing.owns(index):
-                # In the cache as it is now: an older one kept alive would be a copy of it.
-                x, _ = layer(parameters, x, dataclasses.replace(entries[slot], cache=cache))
-                continue
-            x, entry = layer(parameters, x, CacheEntry(cache, slot))
+            x, entry = layer(parameters, before, given)
+        check_kept(before, x)
+        if not owns:
+            continue
         if not isinstance(entry, CacheEntry) or not entry.appended:
-            given = "its entry as it was" if isinstance(entry, CacheEntry) else type(entry).__name__
+            what = "its entry as it was" if isinstance(entry, CacheEntry) else type(entry).__name__
             raise ValueError(
-                f"layer {index} is an owner but returned {given}: with a cache it returns "
+                f"layer {index} is an owner but returned {what}: with a cache it returns "
                 "KV(k, v).behind(kv)"
             )
         if appended not in (0, entry.appended):
@@ -163,5 +186,4 @@ def extend_layers[X](
                 f"layer {index} appended {entry.appended} tokens a row, those before it {appended}"
             )
         entries[slot], cache, appended = entry, entry.cache, entry.appended
-    widths = jnp.full((cache.batch,), appended, np.int32) if widths is None else widths
-    return x, cache.grown(widths)
+    return x, cache.grown(check_widths(widths, cache.batch, appended))

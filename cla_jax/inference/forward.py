@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from cla_jax.inference.cache import KVCache
+from cla_jax.inference.cache import KVCache, check_widths
 from cla_jax.inference.entries import DECODE_QUERIES, attend_cached
 from cla_jax.models import KV, Decoder, attend
 from cla_jax.models.rotary import Rotary, rotary
@@ -98,20 +98,7 @@ def _check(
                 f"first_row={first_row}: {rows} rows of tokens begin at row 0 to "
                 f"{cache.batch - rows} of a cache of {cache.batch}"
             )
-    if widths is None:
-        return first_row, jnp.full((rows,), length, jnp.int32)
-    if not isinstance(widths, Tracer):
-        given = np.asarray(widths)
-        if given.size and not (given.min() >= 0 and given.max() <= length):
-            raise ValueError(
-                f"widths {given.tolist()}: each must be 0 to the {length} tokens given"
-            )
-    widths = jnp.asarray(widths)
-    if widths.shape != (rows,) or not jnp.issubdtype(widths.dtype, jnp.integer):
-        raise ValueError(
-            f"widths are {widths.dtype} {widths.shape}: expected an integer for each of {rows} rows"
-        )
-    return first_row, jnp.clip(widths, 0, length).astype(jnp.int32)
+    return first_row, check_widths(widths, rows, length)
 
 
 def _forward(

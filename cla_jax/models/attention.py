@@ -45,8 +45,13 @@ class KV(NamedTuple):
         Args:
             cached: what the owner was given: None in a forward pass over whole sequences, which
                 returns these K/V as they are, or an entry of a cache, which is returned with them
-                appended.
+                appended. Attend to what is returned: these K/V alone are the new tokens'.
+
+        Raises:
+            ValueError: a reader, which was given its owner's K/V, puts others behind them.
         """
+        if isinstance(cached, KV):
+            raise ValueError("only an owner puts K/V behind what it was given, this is a reader")
         return self if cached is None else cached.append(self)
 
     def attend(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
@@ -162,6 +167,12 @@ def attend_behind(
 def _attention(
     q: Float[Array, "B T N H"], kv: KV, mask: Bool[Array, "B 1 T S"] | None, *, is_causal: bool
 ) -> Float[Array, "B T N H"]:
+    for name, array in (("queries", q), ("keys", kv.k), ("values", kv.v)):
+        if array.ndim != 4:  # jax.nn would take [B, T, D] for one row of B tokens
+            raise ValueError(
+                f"{name} are {array.shape}: expected [batch, length, heads, head dim]; a single "
+                "head is x[:, :, None]"
+            )
     head_dim = q.shape[-1]
     # cuDNN's masks are of even length in both directions.
     odd = None if mask is None else next((n for n in mask.shape[2:] if n % 2), mask.shape[2])
@@ -228,6 +239,16 @@ class QueryAttention(nnx.Module):
         config: the sizes.
         execution: of which the compute dtype is used.
         rngs: random streams for the initial parameters.
+
+    Examples:
+        >>> mqa = AttentionConfig(d_model=64, query_heads=4, kv_heads=1, head_dim=16)
+        >>> execution = ExecutionConfig(compute_dtype="float32")
+        >>> owner = KVProjection(mqa, execution, rngs=nnx.Rngs(0))
+        >>> reader = QueryAttention(mqa, execution, rngs=nnx.Rngs(1))
+        >>> h = jnp.ones((2, 10, 64))
+        >>> kv = owner(h)
+        >>> kv.k.shape, reader(h, kv.attend).shape
+        ((2, 10, 1, 16), (2, 10, 64))
     """
 
     def __init__(

@@ -30,13 +30,21 @@ def stack_layers(
     """Build every layer of a sharing map, stacked as `scan_layers` wants them.
 
     Args:
-        make_layer: `make_layer(owns_kv, rngs)` builds one layer.
+        make_layer: `make_layer(owns_kv, rngs)` builds one layer. It is called once for a segment's
+            position, of all of whose repeats the shapes are then alike.
         sharing: the map.
         rngs: random streams; each layer gets its own.
 
     Returns:
         `[segment][position]`, every array with a leading axis of the segment's repeats, whose
         logical name is `layers`.
+
+    Examples:
+        >>> sharing = KVSharing.cla(num_layers=6, factor=2)
+        >>> make = lambda owns_kv, rngs: nnx.Linear(4, 8, rngs=rngs)
+        >>> layers = stack_layers(make, sharing, rngs=nnx.Rngs(0))
+        >>> [layer.kernel.shape for segment in layers for layer in segment]
+        [(3, 4, 8), (3, 4, 8)]
     """
 
     def stack(owns_kv: bool, repeats: int) -> nnx.Module:
@@ -92,6 +100,15 @@ def scan_layers[X](
 
     Returns:
         `x` after the last layer.
+
+    Examples:
+        >>> def layer(scale, x, kv):
+        ...     kv = scale * x if kv is None else kv  # an owner makes it, a reader is given it
+        ...     return x + kv, kv
+        >>> sharing = KVSharing.cla(num_layers=6, factor=2)
+        >>> scales = [[jax.numpy.ones(3), jax.numpy.zeros(3)]]  # owners and readers, 3 of each
+        >>> float(scan_layers(layer, sharing, scales, jax.numpy.float32(1.0)))
+        27.0
 
     Raises:
         ValueError: an owner returned None, a layer changes the shape or dtype of `x`, `layers` was
@@ -153,14 +170,16 @@ def _run_segment(
     if not scanned:
         exported: tuple[Any, ...] = ()
         for repeat in range(repeats):
-            x, exported = body(x, _at(stacked, repeat))
+            before = x
+            x, exported = body(before, _at(stacked, repeat))
+            check_kept(before, x)
         return x, exported
 
     # The exported K/V ride in the carry; each step overwrites them before anything reads them, so
     # the compiler drops all but the last and the backward pass saves none.
     after, shapes = jax.eval_shape(body, x, _at(stacked, 0))
-    _check_kept(x, after)
-    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    check_kept(x, after)
+    empty = jax.tree.map(_zeros, shapes)
 
     def step(carry: tuple[Any, Any], parameters: list[Any]) -> tuple[tuple[Any, Any], None]:
         return body(carry[0], parameters), None
@@ -169,6 +188,13 @@ def _run_segment(
         step, (x, empty), stacked, length=repeats, unroll=min(execution.unroll, repeats)
     )
     return carry
+
+
+def _zeros(like: Any) -> jax.Array:
+    """Zeros of that shape, laid out alike; inside `shard_map` they vary over the same axes."""
+    zeros = jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    varying = tuple(like.manual_axis_type.varying) if like.manual_axis_type else ()
+    return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
 
 
 def _rematerialised(
@@ -197,19 +223,26 @@ def check_layers(sharing: KVSharing, layers: Layers) -> None:
         ValueError: they were stacked for another map, or hold state that a pure function of
             parameters cannot update: it would be lost without a word.
     """
-    expected = [(segment.period, segment.repeats) for segment in sharing.segments]
-    found = [
-        (
-            len(stacked),
-            leaves[0].shape[0] if (leaves := jax.tree.leaves(list(stacked))) else repeats,
-        )
-        for stacked, (_, repeats) in zip(layers, expected, strict=False)
-    ]
-    if found != expected or len(layers) != len(expected):
+    if not isinstance(sharing, KVSharing):
+        raise ValueError(f"sharing={sharing!r}: expected a KVSharing, such as KVSharing.cla(6, 2)")
+    advice = f"the sharing map {sharing.owners} needs other layers: build them with stack_layers"
+    periods = [segment.period for segment in sharing.segments]
+    try:
+        found = [len(stacked) for stacked in layers]
+    except TypeError:
+        raise ValueError(f"layers are not stacked by segment and position; {advice}") from None
+    if found != periods:
         raise ValueError(
-            f"layers are stacked as (period, repeats) {found}; the sharing map "
-            f"{sharing.owners} needs {expected}: build them with stack_layers"
+            f"layers are {len(found)} segments of {found} positions, expected {periods}; {advice}"
         )
+    for number, (segment, stacked) in enumerate(zip(sharing.segments, layers, strict=True)):
+        for position, parameters in enumerate(stacked):
+            shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(parameters)]
+            if wrong := [shape for shape in shapes if shape[:1] != (segment.repeats,)]:
+                raise ValueError(
+                    f"segment {number}, position {position} holds a parameter {wrong[0]}, expected "
+                    f"a leading axis of {segment.repeats} repeats; {advice}"
+                )
     variables = jax.tree_util.tree_leaves_with_path(
         [list(stacked) for stacked in layers], is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
     )
@@ -223,11 +256,14 @@ def check_layers(sharing: KVSharing, layers: Layers) -> None:
             )
 
 
-def _check_kept(before: Any, after: Any) -> None:
+def check_kept(before: Any, after: Any) -> None:
     """Whether a repeat of layers keeps the structure, shapes and dtypes of `x`."""
 
     def types(tree: Any) -> Any:
-        return jax.tree.map(lambda a: f"{jnp.result_type(a)}{list(jnp.shape(a))}", tree)
+        def name(a: Any) -> str:
+            return f"{getattr(a, 'dtype', type(a).__name__)}{list(jnp.shape(a))}"
+
+        return jax.tree.map(name, tree)
 
     if (given := types(before)) != (returned := types(after)):
         raise ValueError(f"x goes into the layers as {given} and comes out as {returned}")

@@ -59,6 +59,12 @@ def decode_attention(
     Returns:
         `[B, T, N, H]` in the dtype of `q`. Scores and softmax are float32.
 
+    Examples:
+        >>> q = jnp.ones((2, 1, 16, 64))  # a new query of 16 heads in each of two rows
+        >>> k = v = jnp.ones((3, 2, 128, 1, 64))  # three KV layers of one KV head, 128 tokens
+        >>> decode_attention(q, k, v, jnp.array([100, 128]), layer=2).shape
+        (2, 1, 16, 64)
+
     Raises:
         ValueError: shapes or dtypes that do not go together, a `layer` outside the stack, an
             unknown implementation, or one that cannot take these inputs (says why).
