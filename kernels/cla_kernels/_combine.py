@@ -1,5 +1,6 @@
 """The second kernel: every row's partial results become its softmax attention."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from cla_kernels._schedule import Schedule, Tuning
 _NOTHING = -1e30  # the largest score of a stretch in which nothing is visible
 
 
+@functools.partial(jax.jit, static_argnames=("kv_heads", "dtype", "tuning"))
 def combine(
     sums: jax.Array,
     statistics: jax.Array,

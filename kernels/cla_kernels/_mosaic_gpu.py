@@ -22,13 +22,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from cla_kernels._combine import combine
 from cla_kernels._schedule import Schedule, Tuning, schedule
 
-FASTER_THAN_CUDNN = (64,)  # head dims, measured: docs/results.md
 TILE_ROWS = 64  # of queries: what wgmma multiplies at a time
 _REGISTERS = 216  # for each thread that multiplies, of two workers; those that load keep 40
 _MOST_STRETCHES = 8192  # rows x KV heads: each leaves a partial result in memory
 _TUNED = {
     64: Tuning(block=128, stages=5),
-    128: Tuning(block=64, stages=5),
+    128: Tuning(block=128, stages=5, workers=1),
     256: Tuning(block=64, stages=4, workers=1),
 }
 
@@ -43,6 +42,8 @@ def _transforms(
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
+# Jitted, so that a model's layers trace and lower it once.
+@functools.partial(jax.jit, static_argnames=("queries", "heads", "scale", "tuning"))
 def partial_attention(
     q: jax.Array,
     k: jax.Array,
@@ -299,6 +300,11 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeS
     if B * K > _MOST_STRETCHES:
         return f"{B} rows of {K} KV heads are more than {_MOST_STRETCHES} in all"
     return ""
+
+
+def faster_than_cudnn(q: jax.Array | jax.ShapeDtypeStruct, kv_heads: int) -> bool:
+    """Whether it was measured to be (docs/results.md): for short heads, and for few rows."""
+    return q.shape[-1] == 64 or (q.shape[-1] == 128 and kv_heads == 1 and q.shape[0] <= 4)
 
 
 def tuned(q: jax.Array | jax.ShapeDtypeStruct) -> Tuning:

@@ -99,8 +99,8 @@ def choose_implementation(
         k: cached keys `[G, B, S, K, H]`, or their shape and dtype.
     """
     mosaic, cudnn = _mosaic_gpu.obstacle(q, k), _cudnn.obstacle(q, k)
-    if not mosaic and q.shape[-1] in _mosaic_gpu.FASTER_THAN_CUDNN:
-        return "mosaic_gpu", f"Hopper, and faster than cuDNN for head dim {q.shape[-1]}"
+    if not mosaic and _mosaic_gpu.faster_than_cudnn(q, k.shape[3]):
+        return "mosaic_gpu", "Hopper, and measured faster than cuDNN for such shapes"
     if not cudnn:
         return "cudnn", "one query a row, 16-bit types and a head dim that cuDNN takes"
     if not mosaic:
