@@ -84,9 +84,10 @@ class Command(NamedTuple):
 
     @property
     def runs_after_those_above(self) -> bool:
-        """Training a tiny model, and what reads that run."""
+        """Training a tiny model, and what reads a run that is there then."""
         tiny = self.words[1:2] == ("train",) and self.words[2].startswith("tiny/")
-        return self.program == "cla-jax" and (tiny or self.words[1:2] == ("generate",))
+        reads = self.words[1:2] == ("generate",) and Path(self.words[2]).exists()
+        return self.program == "cla-jax" and (tiny or reads)
 
 
 def commands_of(document: str, text: str, line: int) -> list[Command]:

@@ -48,19 +48,21 @@ class Evaluate:
         for option, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{option} {value} must be at least 1")
-        if self.out is not None and (self.out / "evaluation.json").exists():
-            raise ValueError(f"{self.out} holds an evaluation already; choose another --out")
-        if self.out is not None and (self.out / "config.json").exists():
-            raise ValueError(
-                f"{self.out} is a model's directory; choose --out {self.out}/evaluation"
-            )
+        if self.out is not None:
+            _check_free(self.out)
         names = expand(self.tasks)
         local = None if self.data_dir is None else local_data(names, self.data_dir)
         # Slow to import; and unknown tasks are told before a model is loaded.
         from cla_jax.evaluation import harness
         from cla_jax.loading import load
-        from cla_jax.reporting.downstream import read_evaluation, table, write_evaluation
-        from cla_jax.reporting.report import report, show
+        from cla_jax.reporting.downstream import (
+            load_evaluation,
+            read_evaluation,
+            table,
+            write_evaluation,
+            write_evaluations,
+        )
+        from cla_jax.reporting.report import show
 
         built = harness.build_tasks(names, local, self.include_path)
         model = load(self.checkpoint, tokenizer=self.tokenizer)
@@ -72,14 +74,34 @@ class Evaluate:
             Console(soft_wrap=True).print(table([read_evaluation(record, str(self.checkpoint))]))
         else:
             write_evaluation(record, results, self.out)
-            show(report([self.out]))
+            show([write_evaluations([load_evaluation(self.out)], self.out)])
         requests = record["requests"]
+        scored = (
+            f", of which {requests['compile_seconds']:,.1f} s compiling "
+            f"{requests['compiled_shapes']} shapes; {requests['requests_per_second']:,.1f} "
+            "requests/s without that"
+        )
         print(
             f"{requests['requests']:,} requests, {requests['truncated']:,} of them longer than "
-            f"the context of {record['context']:,} tokens; {requests['seconds']:,.1f} s, of which "
-            f"{requests['compile_seconds']:,.1f} s compiling {requests['compiled_shapes']} shapes; "
-            f"{requests['requests_per_second']:,.1f} requests/s without that"
+            f"the context of {record['context']:,} tokens; {requests['seconds']:,.1f} s"
+            f"{scored if requests['compiled_shapes'] else ''}"
         )
+
+
+def _check_free(out: Path) -> None:
+    """Whether results can be written there: told before anything is scored.
+
+    Raises:
+        ValueError: it is no directory, or holds something.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is no directory")
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} is a model's directory; choose --out {out}/evaluation")
+    if (out / "evaluation.json").exists():
+        raise ValueError(f"{out} holds an evaluation already; choose another --out")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out} is not empty; choose a new directory")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: TextModel | str,
+        checkpoint: TextModel | str | None = None,
         batch_size: int | str | None = None,
         through_cache: bool = False,
         tokenizer: str | None = None,
@@ -84,14 +84,33 @@ class HarnessModel(TemplateLM):
                 f"model argument {name!r} is unknown: known are {', '.join(known)}; the nearest is "
                 f"{near!r}"
             )
+        if checkpoint is None:
+            raise ValueError("the model argument checkpoint=DIRECTORY is missing")
         if isinstance(checkpoint, TextModel):
             self.model = checkpoint
         else:
             self.model = load(checkpoint, tokenizer=tokenizer)
-        rows = None if batch_size in (None, "auto") else int(batch_size)
+        if batch_size is None or str(batch_size).startswith("auto"):
+            rows = None
+        else:
+            rows = int(batch_size)
         self.scorer = Scorer(self.model.decoder, batch_size=rows, through_cache=bool(through_cache))
         self._rows = rows or 8
         self.counts = Counts()
+
+    def check(self, tasks: Sequence[Any]) -> None:
+        """Whether it can do what tasks ask of it, before any is scored.
+
+        Raises:
+            ValueError: generation that is longer than the context, or asked for wrongly.
+        """
+        for task in tasks:
+            config = getattr(task, "config", None)
+            if config is not None and config.output_type == "generate_until":
+                try:
+                    self._generation(config.generation_kwargs or {})
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"task {config.task}: {error}") from None
 
     @property
     def eot_token_id(self) -> int:
@@ -111,7 +130,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids, without any special token."""
+        """Token ids, without any special token: not the tokenizer's own for a beginning either."""
         return self.model.tokenizer.encode(string).tolist()
 
     def get_model_info(self) -> dict[str, Any]:
@@ -131,7 +150,9 @@ class HarnessModel(TemplateLM):
             if not continuation:
                 raise ValueError(f"nothing to score: the continuation of {texts!r} has no tokens")
         with self._counting(len(requests)), self._bar(len(requests), disable_tqdm) as done:
-            scores = self.scorer.score([Request(c, t) for _, c, t in requests], done)
+            # A context of spaces alone has given them to its continuation.
+            asked = [Request(c or [self.eot_token_id], t) for _, c, t in requests]
+            scores = self.scorer.score(asked, done)
         self._report_truncated(sum(score.truncated for score in scores), len(requests))
         answers = [(score.log_likelihood, score.greedy) for score in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -177,12 +198,14 @@ class HarnessModel(TemplateLM):
         """How a request wants to be continued."""
         options: Any = normalize_gen_kwargs(dict(arguments), min(256, self.max_length // 2))
         until = options.get("until") or []
+        if not isinstance(until, str | list) or not all(isinstance(s, str) for s in until):
+            raise ValueError(f"until is {until!r}: expected a stop string or a list of them")
         new_tokens = int(options["max_gen_toks"])
         if not 0 < new_tokens < self.max_length:
             raise ValueError(
                 f"max_gen_toks={new_tokens}: {self.model.config.name} reads {self.max_length} "
-                f"tokens, prompt and new ones together; give 1 to {self.max_length - 1}, such as "
-                f"--gen_kwargs max_gen_toks={self.max_length // 2}"
+                f"tokens, prompt and new ones together; give 1 to {self.max_length - 1} in "
+                "the task's generation_kwargs"
             )
         temperature = float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0
         return GenerateConfig(
@@ -284,14 +307,17 @@ def build_tasks(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
             where = "" if local is None else " (with --data-dir, tasks come from files alone)"
+            if include_path is not None:
+                where += f", nor in a YAML file of {include_path} that could be read"
             raise ValueError(f"there is no task {name!r}{where}{hint}")
         try:
             loaded = manager.load([name])
         except Exception as error:  # whatever the task's data set raises
             first = (str(error).strip().splitlines() or [""])[0]
+            advice = ". Without the network, give the papers' tasks as files: --data-dir"
             raise ValueError(
-                f"the data of task {name!r} could not be read ({type(error).__name__}: {first}). "
-                "Without the network, give the papers' tasks as files: --data-dir"
+                f"the data of task {name!r} could not be read ({type(error).__name__}: {first})"
+                + (advice if name in TASKS else "")
             ) from None
         tasks += loaded["tasks"].values()
     return tasks
@@ -334,6 +360,7 @@ def evaluate(
         results, both as JSON values.
     """
     adapter = HarnessModel(model, batch_size=batch_size, through_cache=through_cache)
+    adapter.check(tasks)
     run: Any = simple_evaluate  # its decorator hides its arguments
     # What it prints on the way is no part of what we print.
     with _one_process(), contextlib.redirect_stdout(sys.stderr):

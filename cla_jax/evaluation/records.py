@@ -89,14 +89,17 @@ def as_json(value: Any) -> Any:
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`{"acc,none": x, "acc_stderr,none": y}` as `{"acc": {"value": x, "stderr": y}}`."""
+    """`{"acc,none": x, "acc_stderr,none": y}` as `{"acc": {"value": x, "stderr": y}}`.
+
+    A filter other than `none` stays in the name: a task may have several.
+    """
     metrics: dict[str, dict[str, float | None]] = {}
     for key, value in values.items():
-        name, comma, _ = key.partition(",")
+        name, comma, chosen = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = values.get(key.replace(",", "_stderr,", 1))
-        metrics[name] = {
+        metrics[name if chosen == "none" else key] = {
             "value": float(value),
             "stderr": float(error) if isinstance(error, int | float) else None,
         }

@@ -104,7 +104,8 @@ def _read(spec: TaskSpec, path: Path) -> TaskData:
 
 def _text(data: bytes, where: str) -> str:
     try:
-        text = data.decode("utf-8-sig")
+        # The harness's detokenizer knows one kind of line end.
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8: byte {error.start} is wrong") from None
     if not text.strip():
@@ -145,9 +146,16 @@ def _field(row: Row, name: str) -> Any:
 
 def _string(row: Row, name: str) -> str:
     value = _field(row, name)
-    if not isinstance(value, str) or not value.strip():
+    if not _is_text(value):
         raise ValueError(f"{name} is {value!r}, expected a text that is not empty")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is one that can be tokenized: JSON may hold half a surrogate pair."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _strings(row: Row, name: str) -> list[str]:
@@ -155,7 +163,7 @@ def _strings(row: Row, name: str) -> list[str]:
     if not isinstance(values, list) or len(values) < 2:
         raise ValueError(f"{name} is {values!r}, expected a list of two texts or more")
     for value in values:
-        if not isinstance(value, str) or not value.strip():
+        if not _is_text(value):
             raise ValueError(f"{name} holds {value!r}, expected texts that are not empty")
     return values
 
@@ -180,7 +188,10 @@ def _contexts(row: Row) -> Row:
 
 
 def _continuation(row: Row) -> Row:
-    return {"query": _string(row, "query"), "continuation": _string(row, "continuation")}
+    continuation = _string(row, "continuation")
+    if not continuation[0].isspace():
+        raise ValueError(f"continuation is {continuation!r}, expected the space before the word")
+    return {"query": _string(row, "query"), "continuation": continuation}
 
 
 def _pages(data: bytes, where: str) -> tuple[Row, ...]:

@@ -237,7 +237,9 @@ def _printed(evaluation: Evaluation, task: str) -> str | None:
         if variant in paper.averages:
             printed["average"] = paper.averages[variant]
         if task in printed:
-            number = paper.title.partition(" (")[0].partition(" ")[2]  # Table 4
+            # "CLA Table 4 (Wikitext: Table 3)"
+            own, _, wikitext = paper.title.rstrip(")").partition(" (Wikitext: ")
+            number = wikitext if task == "wikitext" else own.partition(" ")[2]
             found.append(f"{printed[task]:.2f} ({number})")
     return ", ".join(found) or None
 

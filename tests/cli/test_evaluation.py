@@ -70,6 +70,8 @@ def test_writes_records_and_tables(run, loaded, tmp_path):
     [
         (["--tasks"], "--tasks: name cla, mlkv or tasks of the harness"),
         (["--tasks", "piqa", "--out", "run"], "run is a model's directory; choose --out run/eval"),
+        (["--tasks", "piqa", "--out", "bad"], "--out bad is not empty; choose a new directory"),
+        (["--tasks", "piqa", "--out", "bad/piqa.jsonl"], "--out bad/piqa.jsonl is no directory"),
         (["--tasks", "piqa", "--limit", "0"], "--limit 0 must be at least 1"),
         (["--tasks", "piqa", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--tasks", "piqa", "--data-dir", "evil"], "no directory evil of task data; the nearest"),

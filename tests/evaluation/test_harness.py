@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -180,6 +181,26 @@ def test_generation_stops_where_it_is_told(model):
         adapter.generate_until([instance("generate_until", "a", {"max_gen_toks": CONTEXT})])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_gen_toks": CONTEXT}, "task mine: max_gen_toks=40"),
+        ({"until": 5}, "task mine: until is .*5.*: expected a stop string"),
+    ],
+)
+def test_wrong_generation_is_refused_before_anything_is_scored(model, options, message):
+    config = types.SimpleNamespace(
+        task="mine", output_type="generate_until", generation_kwargs=options
+    )
+    with pytest.raises(ValueError, match=message):
+        HarnessModel(model).check([types.SimpleNamespace(config=config)])
+
+
+def test_a_context_of_spaces_is_scored(model):
+    scores = HarnessModel(model).loglikelihood([instance("loglikelihood", "  ", "word")])
+    assert math.isfinite(scores[0][0])
+
+
 def test_tasks_of_ones_own(model, data):
     rows = [{"q": "a", "a": " b"}, {"q": "c", "a": " d"}]
     (data / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -228,6 +249,6 @@ def test_the_harness_s_own_command_line_knows_our_models(model, data, monkeypatc
     arguments += f" --include_path {data} --output_path {data}/out"
     monkeypatch.setattr(sys, "argv", ["lm-eval", *arguments.split()])
     harness.main()
-    assert "|mine|" in capsys.readouterr().out
+    assert re.search(r"\|mine *\|", capsys.readouterr().out)
     (written,) = (data / "out").rglob("results_*.json")
     assert json.loads(written.read_text())["results"]["mine"]["acc,none"] in np.arange(7) / 6

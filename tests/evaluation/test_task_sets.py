@@ -47,6 +47,18 @@ def test_every_form_is_read(tmp_path):
     assert "more" in found["wikitext"].rows[0]["page"]
 
 
+def test_line_ends_do_not_matter(tmp_path):
+    """WikiText is to be had with both; the harness's detokenizer knows one."""
+    lines = ["", " = One = ", " a , b", " = Two = ", " c", ""]
+    found = []
+    for name, end in (("unix", "\n"), ("dos", "\r\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "wikitext.txt").write_bytes(end.join(lines).encode())
+        found.append(local_data(["wikitext"], tmp_path / name)["wikitext"].rows)
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+
+
 def test_a_plain_name_comes_first(tmp_path):
     write(tmp_path, "sciq_validation.jsonl", QUERY)
     write(tmp_path, "sciq_test.jsonl", QUERY, QUERY)
@@ -72,6 +84,10 @@ def test_a_plain_name_comes_first(tmp_path):
         ("piqa", "piqa.jsonl", [{**QUERY, "query": None}], "query is None, expected a text"),
         ("winogrande", "winogrande.jsonl", [{**CONTEXTS, "gold": 2}], "gold is 2, expected 0 to 1"),
         ("lambada_openai", "lambada_openai.jsonl", [{"query": "a"}], "no field 'continuation'"),
+        ("lambada_openai", "lambada_openai.jsonl", [{**WORD, "continuation": "time"}],
+         "continuation is 'time', expected the space before the word"),
+        ("piqa", "piqa.jsonl", ['{"query": "\\ud800", "choices": ["a", "b"], "gold": 0}'],
+         "query is .* expected a text"),
         ("wikitext", "wikitext.txt", ["no article"], "no line ' = Title = '"),
     ],
 )  # fmt: skip
