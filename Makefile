@@ -109,7 +109,7 @@ $(VENV)/.stamp-run: $(VENV)/.stamp-venv requirements.lock pyproject.toml
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv requirements-dev.lock pyproject.toml
-	$(call install,requirements-dev.lock,about 360 MB to download, 1.4 GB on disk)
+	$(call install,requirements-dev.lock,about 470 MB to download, 2.0 GB on disk)
 	@touch $(VENV)/.stamp-run $@
 
 # torch's build for CPUs where it can be had, else the package index's, which is larger.
