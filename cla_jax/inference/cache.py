@@ -132,8 +132,10 @@ class KVCache:
         """
         sizes = {"batch": batch, "length": length, "kv_heads": kv_heads, "head_dim": head_dim}
         for name, value in sizes.items():
-            if not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"a KV cache of {name} {value}: expected an integer, at least 1")
+            if not isinstance(value, int | np.integer):
+                raise ValueError(f"a KV cache of {name} {value!r}: expected an integer")
+            if value < 1:
+                raise ValueError(f"a KV cache of {name} {value}: expected at least 1")
         check_dtype(dtype)
         in_stack = sharing.kv_layers if stacked else 1
         shape = (in_stack, batch, length, kv_heads, head_dim)
