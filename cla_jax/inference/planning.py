@@ -17,6 +17,8 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cla_kernels import CUDNN_MOST_ROWS
+
 from cla_jax._choices import check_choice
 from cla_jax.configs import ModelConfig
 from cla_jax.inference.sizes import format_size
@@ -37,7 +39,6 @@ __all__ = [
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _FUSED_HEAD_DIM, _FUSED_MULTIPLE = 256, 8  # as in cla_jax.models.attention_path, on Hopper
-_FUSED_ROWS = 65_535  # as in cla_kernels: more rows than a CUDA grid has decode by XLA
 _LIBRARY_BYTES = 64 * 2**20
 
 
@@ -140,7 +141,7 @@ def workspace_bytes(
     D, F, V = config.d_model, config.ffn_dim, config.vocab_size
     compute, cache = settings.compute_element, settings.cache_element
     fused = compute == cache == 2 and H <= _FUSED_HEAD_DIM
-    fused_decode = fused and H % _FUSED_MULTIPLE == 0 and batch <= _FUSED_ROWS
+    fused_decode = fused and H % _FUSED_MULTIPLE == 0 and batch <= CUDNN_MOST_ROWS
     # A call takes a column of every row at least, and no more than there is.
     prefilled = min(batch * context, max(settings.prefill_tokens, batch))
 

@@ -53,6 +53,23 @@ def pareto_frontier(points: Sequence[tuple[int | float, int | float]]) -> tuple[
     return tuple(frontier)
 
 
+def set_cache_ticks(axes: Axes, octaves: Sequence[float], gap: float) -> None:
+    """Ticks of an axis of cache sizes, of those in order that keep `gap` octaves to the others.
+
+    Args:
+        axes: whose horizontal axis is logarithmic.
+        octaves: logarithms to base 2 of sizes in bytes, the most wanted first.
+        gap: octaves that a label takes.
+    """
+    ticks = list[float]()
+    for octave in octaves:
+        if all(abs(octave - tick) > gap for tick in ticks):
+            ticks.append(octave)
+    axes.xaxis.set_major_locator(FixedLocator([2**tick for tick in ticks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(round(size))))
+
+
 def format_bytes(count: int) -> str:
     """`384 B`, `768 B`, `2.5 KiB`, `160 KiB`."""
     units = ("B", "KiB", "MiB", "GiB")
@@ -114,13 +131,7 @@ def _set_axes(axes: Axes, models: Sequence[Point]) -> None:
     # Ticks are cache sizes that occur, as far as their labels have room; first those that most
     # models share or are a power of two away from.
     kin = {o: int(sum(abs(d - round(d)) < 1e-9 for d in octaves - o)) for o in octaves.tolist()}
-    ticks = list[float]()
-    for octave in sorted(kin, key=lambda o: (-kin[o], o)):
-        if all(abs(octave - tick) > 0.2 * reach for tick in ticks):
-            ticks.append(octave)
-    axes.xaxis.set_major_locator(FixedLocator([2**tick for tick in ticks]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(round(size))))
+    set_cache_ticks(axes, sorted(kin, key=lambda o: (-kin[o], o)), 0.2 * reach)
     axes.set_xlabel("KV cache per token, 16-bit, log scale  (← lower is better)")
     axes.set_ylabel("Validation perplexity  (← lower is better)")
 

@@ -8,10 +8,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from cla_jax import registry
-from cla_jax.reporting._pareto import format_bytes, pareto_frontier
+from cla_jax.reporting._pareto import pareto_frontier, set_cache_ticks
 from cla_jax.reporting._placement import place_labels
 from cla_jax.reporting._style import (
     HEIGHT,
@@ -104,13 +103,7 @@ def _draw(axes: Axes, models: Sequence[AccuracyPoint], alpha: float) -> None:
     low, high = float((at[:, 1] - errors).min()), float((at[:, 1] + errors).max())
     margin = max(0.2 * (high - low), 1.0)
     axes.set_ylim(low - margin, high + margin)
-    ticks = list[float]()
-    for octave in sorted(set(octaves.tolist())):
-        if all(abs(octave - tick) > 0.2 * reach for tick in ticks):
-            ticks.append(octave)
-    axes.xaxis.set_major_locator(FixedLocator([2**tick for tick in ticks]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(round(size))))
+    set_cache_ticks(axes, sorted(set(octaves.tolist())), 0.2 * reach)
     axes.set_xlabel("KV cache of one sequence at full context, 16-bit, log scale")
     axes.set_ylabel("Average accuracy, %")
     frontier = at[list(pareto_frontier([(x, -y) for x, y in at.tolist()]))]

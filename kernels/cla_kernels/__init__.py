@@ -5,6 +5,7 @@ batch, `S` cache length, `T` query length, `G` stacked KV layers, `N` query head
 `H` head dim.
 """
 
+from cla_kernels._cudnn import MOST_ROWS as CUDNN_MOST_ROWS
 from cla_kernels.decode_attention import (
     IMPLEMENTATIONS,
     Implementation,
@@ -12,4 +13,10 @@ from cla_kernels.decode_attention import (
     decode_attention,
 )
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "choose_implementation", "decode_attention"]
+__all__ = [
+    "CUDNN_MOST_ROWS",
+    "IMPLEMENTATIONS",
+    "Implementation",
+    "choose_implementation",
+    "decode_attention",
+]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 _MULTIPLE = 8
-_MOST_ROWS = 65_535
+MOST_ROWS = 65_535
 
 
 def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> str:
@@ -20,8 +20,8 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeS
         return f"queries and cache must share a 16-bit type, these are {q.dtype} and {k.dtype}"
     if q.shape[-1] > largest or q.shape[-1] % _MULTIPLE:
         return f"head dim {q.shape[-1]} is no multiple of {_MULTIPLE} up to {largest}"
-    if q.shape[0] > _MOST_ROWS:
-        return f"{q.shape[0]} rows are more than the {_MOST_ROWS} of a CUDA grid"
+    if q.shape[0] > MOST_ROWS:
+        return f"{q.shape[0]} rows are more than the {MOST_ROWS} of a CUDA grid"
     if q.shape[1] != 1:
         return f"{q.shape[1]} queries a row would need a mask in memory"
     return ""
