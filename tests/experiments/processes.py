@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,14 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_behind_a_checkpoint(process: subprocess.Popen[str], run_directory: Path) -> None:
+    """SIGKILL, when a run's first checkpoint is whole."""
+    checkpoints = run_directory / "checkpoints"
+    wait_until(lambda: any(checkpoints.glob("*/commit_success.txt")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 def check_refused(

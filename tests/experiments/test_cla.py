@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.processes import check_refused, run, start, table, wait_until
+from tests.experiments.processes import (
+    check_refused,
+    kill_behind_a_checkpoint,
+    run,
+    start,
+    table,
+    wait_until,
+)
 
 
 def timeless(path: Path) -> list[dict[str, str]]:
@@ -28,9 +35,7 @@ def test_design_space_killed_and_taken_up_gives_the_same_table(text):
     with start("cla/design_space", *options, "--out", "killed", cwd=text) as process:
         # In the middle of the second run: its first checkpoint is there, its result is not.
         place = text / "killed/MQA-CLA2/seed-0"
-        wait_until(lambda: any(place.glob("checkpoints/*/commit_success.txt")), process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill_behind_a_checkpoint(process, place)
     assert not (text / "killed/results.csv").exists()
     first = (text / "killed/MQA/seed-0/result.json").stat().st_mtime_ns
     code, _, err = run("cla/design_space", *options, "--out", "killed", cwd=text)

@@ -1,7 +1,6 @@
 """The MLKV experiments by their paths: smoke runs, killed and taken up, and bad input."""
 
 import json
-import signal
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ from cla_jax.configs import ExecutionConfig
 from cla_jax.conversion import HuggingFaceCheckpoint, save_huggingface
 from cla_jax.training import Model
 from cla_jax.training.metrics import read_metrics
-from tests.experiments.processes import check_refused, run, start, table, wait_until
+from tests.experiments.processes import check_refused, kill_behind_a_checkpoint, run, start, table
 
 
 def steps(directory: Path) -> list[int]:
@@ -34,9 +33,7 @@ def test_uptrain_killed_and_taken_up_trains_its_own_source_once(text):
     options = ("--smoke", "--merge", "mean", "--text", "my.txt", "--out", "out", "--models")
     with start("mlkv/uptrain", *options, "MLKV-6", cwd=text) as process:
         place = text / "out/MLKV-6/mean"
-        wait_until(lambda: any(place.glob("checkpoints/*/commit_success.txt")), process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill_behind_a_checkpoint(process, place)
     assert not (text / "out/results.csv").exists()
     trained = (text / "out/MHA/source/result.json").stat().st_mtime_ns
     code, out, err = run("mlkv/uptrain", *options, "MLKV-6", "MQA-12", cwd=text)
