@@ -10,12 +10,14 @@ import difflib
 from typing import Any, Literal, get_args
 
 from cla_jax._choices import check_choice
+from cla_jax._mesh import MeshConfig
 from cla_jax.sharing import KVSharing
 
 __all__ = [
     "AttentionConfig",
     "DataConfig",
     "ExecutionConfig",
+    "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RopeScaling",
@@ -377,6 +379,8 @@ class TrainConfig:
         log_every: steps between metric records.
         trackers: where metrics go beside `metrics.jsonl`: `tensorboard` (into the run directory),
             `wandb` (a project named cla-jax); each needs its own package.
+        mesh: the devices that it is spread over. No part of what a run is: it may be resumed on
+            another mesh, whose sums are rounded otherwise.
     """
 
     steps: int
@@ -391,6 +395,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 1
     trackers: tuple[Tracker, ...] = ()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("eval_every", 0), ("eval_tokens", 0),

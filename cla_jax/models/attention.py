@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cla_jax.configs import AttentionConfig, ExecutionConfig
 from cla_jax.models.rotary import Rotary, rotate
-from cla_jax.models.sharding import constrain, named
+from cla_jax.models.sharding import constrain, named, shards
 
 _CUDNN_HEAD_DIM_MULTIPLE = 8
 
@@ -173,6 +173,7 @@ def _attention(
                 f"{name} are {array.shape}: expected [batch, length, heads, head dim]; a single "
                 "head is x[:, :, None]"
             )
+    kv = _for_every_shard(kv)
     head_dim = q.shape[-1]
     # cuDNN's masks are of even length in both directions.
     odd = None if mask is None else next((n for n in mask.shape[2:] if n % 2), mask.shape[2])
@@ -187,6 +188,20 @@ def _attention(
             implementation=path.implementation,
         )  # fmt: skip
     return out[..., :head_dim]
+
+
+def _for_every_shard(kv: KV) -> KV:
+    """K/V with a head for each shard of the query heads, where there are more of these.
+
+    Every shard's queries read one of the heads, which its device has made for itself: nothing is
+    sent. Queries and K/V are then split alike, as the fused kernel wants them.
+    """
+    parts, heads = shards("heads"), kv.k.shape[2]
+    if heads % parts == 0:
+        return kv
+    axes = ("batch", "length", "heads", "head_dim")
+    k, v = (constrain(jnp.repeat(a, parts // heads, axis=2), *axes) for a in kv)
+    return KV(k, v)
 
 
 class KVProjection(nnx.Module):

@@ -12,7 +12,7 @@ from cla_jax.models.attention import KV, LayerContext
 from cla_jax.models.layers import DecoderLayer
 from cla_jax.models.normalization import Norm
 from cla_jax.models.rotary import positions_in_documents, rotary
-from cla_jax.models.sharding import constrain, named
+from cla_jax.models.sharding import constrain, laid_out, named
 from cla_jax.models.stack import scan_layers, stack_layers, unstack_layer
 
 
@@ -90,7 +90,9 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The embeddings of tokens, in the compute dtype; NaN for an id beyond the vocabulary."""
         # Looked up as they are and rounded after (the constructor says why).
-        x = jnp.take(self.embedding.embedding[...], tokens, axis=0)
+        # Gathered over `fsdp` as every other parameter is, and not the activations for its sake.
+        table = constrain(self.embedding.embedding[...], "vocab", "model")
+        x = jnp.take(table, tokens, axis=0)
         return constrain(x.astype(self.execution.compute_dtype), "batch", "length", "model")
 
     def _run_layers(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
@@ -161,8 +163,9 @@ class UnstackedDecoder(Decoder):
 
 def _rounded[M](module: M, dtype: jnp.dtype) -> M:
     """A module with its arrays in a dtype, but for those of its norms."""
-    return jax.tree.map(
+    rounded = jax.tree.map(
         lambda m: m if isinstance(m, Norm) else m.astype(dtype),
         module,
         is_leaf=lambda m: isinstance(m, Norm),
     )
+    return laid_out(rounded)

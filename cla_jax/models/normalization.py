@@ -18,7 +18,7 @@ class Norm(nnx.Module):
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs) -> None:
         dtype = jnp.dtype(execution.compute_dtype)
-        scale = named("embed")
+        scale = named("norm")
         if config.rms_norm:
             self.norm = nnx.RMSNorm(
                 config.d_model, epsilon=config.norm_epsilon, dtype=dtype, scale_metadata=scale,
@@ -27,7 +27,7 @@ class Norm(nnx.Module):
         else:
             self.norm = nnx.LayerNorm(
                 config.d_model, epsilon=config.norm_epsilon, dtype=dtype, scale_metadata=scale,
-                bias_metadata=named("embed"), use_fast_variance=False, rngs=rngs,
+                bias_metadata=named("norm"), use_fast_variance=False, rngs=rngs,
             )  # fmt: skip
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

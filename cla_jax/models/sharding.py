@@ -1,15 +1,20 @@
 """Logical axis names on parameters and activations; meshes are somebody else's business.
 
-Models only *name* axes, the letters of the axis legend spelled out. Which mesh axis, if any, a name
-is laid out over is said by the rules in force (`flax.nnx.logical_axis_rules`); without a mesh or
-without rules every name is inert.
+Models only *name* axes, the letters of the axis legend spelled out. Which mesh axes, if any, a name
+is laid out over is said by the rules in force (`use_rules`); without a mesh or without rules every
+name is inert.
 
-Parameter axes: `vocab`, `embed` (D), `heads` (N), `kv_heads` (K), `head_dim` (H), `mlp` (F),
-`layers` (the stacked axis of a segment), `pair` (gate/up or key/value).
+Parameter axes: `vocab`, `embed` (D), `norm` (D of a norm), `heads` (N), `kv_heads` (K), `head_dim`
+(H), `mlp` (F), `layers` (the stacked axis of a segment), `pair` (gate/up or key/value).
 Activation axes: `batch` (B), `length` (T or S), `model` (D), `heads`, `kv_heads`, `head_dim`,
-`mlp`, `vocab`.
+`mlp`, `vocab`. Axes of a cache: `cache_batch`, `cache_heads`, where the query heads of what attends
+to it lie too.
 """
 
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,19 +30,96 @@ def named(*axes: str) -> dict[str, Any]:
     return {"out_sharding": axes, "eager_sharding": False}
 
 
+@functools.cache
+def _traced_rules() -> Any:
+    # Made when it is first needed: nothing of JAX is touched by an import.
+    return jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def use_rules(pairs: tuple[tuple[str, Any], ...]) -> Iterator[None]:
+    """These rules are in force inside.
+
+    `flax.nnx.logical_axis_rules`, which `jax.jit` also looks at: with those alone, a function that
+    was traced under other rules on the same mesh would run as it was traced then.
+
+    Args:
+        pairs: logical axis, and the mesh axis or axes that it is laid out over.
+    """
+    with nnx.logical_axis_rules(pairs), _traced_rules()(pairs):
+        yield
+
+
 def partition_spec(axes: Axes) -> PartitionSpec:
-    """The mesh axes that the rules in force give these logical axes."""
-    rules = dict(get_logical_axis_rules())
-    return PartitionSpec(*(rules.get(axis) if axis else None for axis in axes))
+    """The mesh axes that the rules in force give these logical axes.
+
+    Inside `jax.shard_map`, where a device sees its own shard, the axes that are mapped there are
+    left out.
+    """
+    return PartitionSpec(*(_mesh_axes(axis) or None for axis in axes))
+
+
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    given = dict(get_logical_axis_rules()).get(axis) if axis else None
+    names = (given,) if isinstance(given, str) else tuple(given or ())
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in names if name not in manual)
+
+
+def shards(axis: str) -> int:
+    """Parts that a logical axis is split into; 1 without a mesh or rules."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _mesh_axes(axis))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask for an activation to be laid out by its logical axes; nothing without a mesh."""
-    if jax.sharding.get_abstract_mesh().empty or not get_logical_axis_rules():
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual or not get_logical_axis_rules():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def on_shards(
+    f: Callable[..., jax.Array], in_axes: tuple[Axes, ...], out_axes: Axes
+) -> Callable[..., jax.Array]:
+    """`f` on every device's own shards (`jax.shard_map`); without a mesh, `f` itself.
+
+    For what XLA cannot split, such as a custom kernel. Not differentiated.
+
+    Args:
+        f: of arrays, to one array.
+        in_axes: the logical axes of its arguments.
+        out_axes: of its result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual or not get_logical_axis_rules():
+        return f
+    # Kernels do not say over which axes their results vary.
+    return jax.shard_map(
+        f,
+        in_specs=tuple(partition_spec(axes) for axes in in_axes),
+        out_specs=partition_spec(out_axes),
+        check_vma=False,
+    )
 
 
 def logical_axes(variable: nnx.Variable[jax.Array]) -> Axes:
     """The axis names of a parameter, one for each of its dimensions."""
     return tuple(variable.get_metadata()["out_sharding"])
+
+
+def laid_out[M](module: M) -> M:
+    """A module with its parameters laid out by their logical axes; itself without a mesh.
+
+    One layer of a stack, taken out of it, has the axes of the stack but for `layers`.
+    """
+    if jax.sharding.get_abstract_mesh().empty or not get_logical_axis_rules():
+        return module
+
+    def lay(variable: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
+        value = variable.get_value()
+        axes = logical_axes(variable)
+        return variable.replace(constrain(value, *axes[len(axes) - value.ndim :]))
+
+    return jax.tree.map(lay, module, is_leaf=lambda v: isinstance(v, nnx.Variable))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from cla_jax.configs import nearest_divisor
 from cla_jax.models import Decoder
+from cla_jax.models.sharding import constrain, shards
 
 type _Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -38,10 +39,10 @@ def token_losses(
     if chunk == targets.size:
         return losses(hidden, targets)
     chunked = jax.lax.map(
-        lambda xy: losses(*xy),
-        (hidden.reshape(-1, 1, chunk, hidden.shape[-1]), targets.reshape(-1, 1, chunk)),
+        lambda xy: losses(xy[0][None], xy[1][None])[0],
+        (_in_chunks(chunk, hidden), _in_chunks(chunk, targets)),
     )
-    return chunked.reshape(targets.shape)
+    return _out_of_chunks(chunked, targets.shape)
 
 
 def weighted_loss(
@@ -65,8 +66,8 @@ def weighted_loss(
     """
     hidden, targets = _hidden_and_targets(model, tokens, documents)
     chunk = _chunk(model, targets.size)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return _loss(flat, model.unembedding(), targets.reshape(-1), weights.reshape(-1), chunk)
+    rows = (_in_chunks(chunk, x) for x in (hidden, targets, weights))
+    return _loss(next(rows), model.unembedding(), *rows)
 
 
 def check_loss_chunk(chunk: int, tokens: int) -> None:
@@ -96,34 +97,33 @@ def _chunk(model: Decoder, tokens: int) -> int:
     return min(chunk or tokens, tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.custom_vjp
 def _loss(
-    hidden: Float[Array, "tokens D"],
+    hidden: Float[Array, "chunks tokens D"],
     kernel: Float[Array, "D V"],
-    targets: Int[Array, " tokens"],
-    weights: Float[Array, " tokens"],
-    chunk: int,
+    targets: Int[Array, "chunks tokens"],
+    weights: Float[Array, "chunks tokens"],
 ) -> Float[Array, ""]:
     def add(total: jax.Array, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden, targets, weights = rows
         losses, _ = _losses(hidden, kernel, targets)
         return total + (losses * weights).sum(), None
 
-    rows = _in_chunks(chunk, hidden, targets, weights)
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), rows)[0]
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
 
 
 def _loss_forward(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, _Residuals]:
-    low = kernel.astype(hidden.dtype)
+    # On a mesh: gathered over `fsdp` here, once, and not again for every chunk.
+    low = constrain(kernel.astype(hidden.dtype), None, "vocab")
 
     def add(
         carry: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, kernel_gradient = carry
         hidden, targets, weights = rows
-        losses, probabilities = _losses(hidden, kernel, targets)
+        losses, probabilities = _losses(hidden, low, targets)
         wanted = jnp.arange(kernel.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
         gradient = (probabilities - wanted.astype(jnp.float32)) * weights[:, None]
         gradient = gradient.astype(hidden.dtype)
@@ -134,13 +134,12 @@ def _loss_forward(
         return (total + (losses * weights).sum(), kernel_gradient), hidden_gradient
 
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))
-    rows = _in_chunks(chunk, hidden, targets, weights)
-    (total, kernel_gradient), hidden_gradient = jax.lax.scan(add, zeros, rows)
-    return total, (hidden_gradient.reshape(hidden.shape), kernel_gradient, weights)
+    (total, kernel_gradient), hidden_gradient = jax.lax.scan(add, zeros, (hidden, targets, weights))
+    return total, (hidden_gradient, kernel_gradient, weights)
 
 
 def _loss_backward(
-    chunk: int, residuals: _Residuals, scale: jax.Array
+    residuals: _Residuals, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     hidden, kernel, weights = residuals
     return hidden * scale.astype(hidden.dtype), kernel * scale, None, jnp.zeros_like(weights)
@@ -161,5 +160,23 @@ def _losses(
     return normalizer - target, jnp.exp(logits - normalizer[:, None])
 
 
-def _in_chunks(chunk: int, *rows: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in rows)
+def _in_chunks(chunk: int, x: jax.Array) -> jax.Array:
+    """`[B, T, ...]` as `[chunks, chunk, ...]`; on a mesh every device has its share of each."""
+    parts = shards("batch")
+    if parts == 1:
+        return x.reshape(-1, chunk, *x.shape[2:])
+    dealt = x.reshape(parts, -1, chunk // parts, *x.shape[2:]).swapaxes(0, 1)
+    return _split(dealt.reshape(-1, chunk, *x.shape[2:]))
+
+
+def _out_of_chunks(chunked: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_in_chunks`, for `[chunks, chunk]`."""
+    parts = shards("batch")
+    if parts == 1:
+        return chunked.reshape(shape)
+    chunks, chunk = _split(chunked).shape
+    return chunked.reshape(chunks, parts, chunk // parts).swapaxes(0, 1).reshape(shape)
+
+
+def _split(chunked: jax.Array) -> jax.Array:
+    return constrain(chunked, None, "batch", *[None] * (chunked.ndim - 2))

@@ -12,6 +12,8 @@ from flax import nnx
 
 from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.models import Decoder
+from cla_jax.models.sharding import logical_axes
+from cla_jax.parallel import Layout
 from cla_jax.training.loss import token_losses, weighted_loss
 
 type Params = dict[str, Any]
@@ -47,6 +49,16 @@ class Model:
         template = nnx.eval_shape(lambda: Decoder(config, execution, rngs=nnx.Rngs(0)))
         self._graphdef, self._abstract = nnx.split(template)
 
+    @functools.cached_property
+    def axes(self) -> Params:
+        """The logical axes of every parameter, as tuples of names."""
+        named = jax.tree.map(
+            lambda variable: variable.replace(logical_axes(variable)),
+            self._abstract,
+            is_leaf=lambda v: isinstance(v, nnx.Variable),
+        )
+        return cast(Params, nnx.to_pure_dict(named))
+
     def init(self, seed: int) -> Params:
         """Fresh parameters."""
 
@@ -65,7 +77,10 @@ class Model:
 
 
 def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, micro_batches: int = 1
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int = 1,
+    layout: Layout | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted update `(state, batch) -> (state, metrics)`; the state passed in is donated.
 
@@ -77,6 +92,7 @@ def make_train_step(
         optimizer: of its parameters.
         micro_batches: forward and backward passes that a batch is cut into; their gradients are
             summed in float32 (CLA section 3.1). Divides the batch.
+        layout: where the state lies, before and after; the step is called with it in force.
 
     Returns:
         The step. Metrics: `loss`, and `gradient_norm` before clipping, both float32.
@@ -106,7 +122,6 @@ def make_train_step(
         zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, micro)[0]
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.named_scope("forward_backward"):
             loss, grads = loss_and_gradients(state.params, batch)
@@ -119,7 +134,10 @@ def make_train_step(
             state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         return state, {"loss": loss, "gradient_norm": norm}
 
-    return train_step
+    if layout is None:
+        return jax.jit(train_step, donate_argnums=0)
+    shardings = (state_shardings(model, optimizer, layout), layout.replicated)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
 def make_eval_step(model: Model) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
@@ -133,11 +151,47 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], tuple[jax.Array, j
     return eval_step
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Step 0 with random parameters."""
-    return begin_state(model.init(seed), optimizer)
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, seed: int, layout: Layout | None = None
+) -> TrainState:
+    """Step 0 with random parameters, which are made where they lie: no device holds them all."""
+    if layout is None:
+        return begin_state(model.init(seed), optimizer)
+    shardings = state_shardings(model, optimizer, layout)
+    make = jax.jit(lambda: _begin(model.init(seed), optimizer), out_shardings=shardings)
+    return make()
 
 
-def begin_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 with given parameters: float32 arrays."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+def begin_state(
+    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
+) -> TrainState:
+    """Step 0 with given parameters: float32 arrays.
+
+    Args:
+        params: the parameters.
+        optimizer: of them.
+        shardings: where they lie on a mesh, and the rest is to.
+    """
+    if shardings is None:
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    return jax.jit(lambda params: _begin(params, optimizer), out_shardings=shardings)(params)
+
+
+def state_shardings(
+    model: Model, optimizer: optax.GradientTransformation, layout: Layout
+) -> TrainState:
+    """Where every array of a state lies: what the optimizer keeps of a parameter lies with it."""
+    of_params = layout.of(model.axes)
+    shapes = jax.eval_shape(lambda: _begin(model.init(0), optimizer))
+    of_optimizer = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        of_params,
+        transform_non_params=lambda _: layout.replicated,
+    )
+    return TrainState(layout.replicated, of_params, of_optimizer)
+
+
+def _begin(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

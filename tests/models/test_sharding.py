@@ -17,7 +17,7 @@ from tests.models import reference
 
 LEGEND = {
     "vocab": "vocab_size", "embed": "d_model", "heads": "query_heads", "kv_heads": "kv_heads",
-    "head_dim": "head_dim", "mlp": "ffn_dim",
+    "head_dim": "head_dim", "mlp": "ffn_dim", "norm": "d_model",
 }  # fmt: skip
 
 

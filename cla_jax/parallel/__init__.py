@@ -1,0 +1,16 @@
+"""Many devices: meshes, and the rules that lay logical axes out over them."""
+
+from cla_jax._mesh import MeshConfig
+from cla_jax.parallel.layout import Layout, check_mesh, in_force, make_layout
+from cla_jax.parallel.mesh import make_mesh
+from cla_jax.parallel.rules import Rules
+
+__all__ = [
+    "Layout",
+    "MeshConfig",
+    "Rules",
+    "check_mesh",
+    "in_force",
+    "make_layout",
+    "make_mesh",
+]

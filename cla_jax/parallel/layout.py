@@ -1,0 +1,119 @@
+"""A mesh with the rules of one model: where its arrays lie, and the context that its code runs in.
+
+`None` stands for no mesh everywhere, and changes nothing.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cla_jax._mesh import MeshConfig
+from cla_jax.configs import ModelConfig, TrainConfig
+from cla_jax.models.sharding import use_rules
+from cla_jax.parallel.mesh import make_mesh, resolve_mesh
+from cla_jax.parallel.rules import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a model's arrays lie.
+
+    Attributes:
+        mesh: the devices.
+        rules: of the model.
+    """
+
+    mesh: Mesh
+    rules: Rules
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """A copy on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def of(self, axes: Any) -> Any:
+        """The shardings of arrays whose logical axes are given.
+
+        Args:
+            axes: a pytree of tuples of names, such as `Model.axes`.
+        """
+        return jax.tree.map(
+            lambda names: NamedSharding(self.mesh, self.rules.spec(*names)),
+            axes,
+            is_leaf=_is_axes,
+        )
+
+    def batch(self, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+        """A batch on the devices, split by rows.
+
+        Args:
+            arrays: this process's rows of `[B, ...]`, on the host.
+        """
+        rows = self.of(("batch",))
+        return {
+            name: jax.make_array_from_process_local_data(rows, array)
+            for name, array in arrays.items()
+        }
+
+
+def make_layout(
+    mesh: MeshConfig, model: ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> Layout | None:
+    """The layout of a model on a mesh; None for a mesh of one device, which is none.
+
+    Raises:
+        ValueError: sizes that do not fit the devices or the model; names those that do. `stage`
+            above 1: nothing runs a pipeline yet.
+    """
+    resolved = resolve_mesh(mesh, devices)
+    if resolved.stage > 1:
+        raise ValueError(
+            f"mesh {mesh}: nothing runs in stages yet; data, fsdp and tensor are the axes that work"
+        )
+    rules = Rules.of(model, resolved)
+    return None if resolved.devices == 1 else Layout(make_mesh(resolved, devices), rules)
+
+
+def check_mesh(model: ModelConfig, training: TrainConfig) -> None:
+    """Whether a model can be trained on the mesh that its recipe names.
+
+    Raises:
+        ValueError: sizes that do not fit devices, model or (micro-)batch; names those that do.
+    """
+    mesh = resolve_mesh(training.mesh)
+    make_layout(mesh, model)
+    shards = mesh.batch_shards
+    rows = training.micro_batch_size or training.data.batch_size
+    if rows % shards:
+        field = "micro_batch_size" if training.micro_batch_size else "batch_size"
+        raise ValueError(
+            f"mesh {mesh} splits a batch by {shards} (data and fsdp), which does not divide "
+            f"{field}={rows}; the nearest that works is {max(round(rows / shards), 1) * shards}"
+        )
+    chunk = training.execution.loss_chunk
+    if chunk % shards:
+        raise ValueError(
+            f"mesh {mesh} splits a batch by {shards} (data and fsdp), which does not divide "
+            f"loss_chunk={chunk} (tokens over all devices); the nearest that works is "
+            f"{max(round(chunk / shards), 1) * shards}"
+        )
+
+
+@contextlib.contextmanager
+def in_force(layout: Layout | None) -> Iterator[None]:
+    """Code that is traced inside is laid out so; nothing for None."""
+    if layout is None:
+        yield
+        return
+    with jax.set_mesh(layout.mesh), use_rules(layout.rules.pairs):
+        yield
+
+
+def _is_axes(tree: Any) -> bool:
+    return isinstance(tree, tuple) and all(a is None or isinstance(a, str) for a in tree)
+
+

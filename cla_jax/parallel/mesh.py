@@ -1,0 +1,47 @@
+"""A `MeshConfig` on the devices that there are."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from cla_jax._mesh import MESH_AXES, MeshConfig
+
+# Neighbouring devices, which are linked best, get the axes that talk most: `tensor` the innermost.
+_ORDER = ("stage", "data", "fsdp", "tensor")
+assert set(_ORDER) == set(MESH_AXES)
+
+
+def resolve_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> MeshConfig:
+    """The sizes of a mesh on the devices that there are.
+
+    Raises:
+        ValueError: they do not fit; names sizes that do. Several processes must use every device.
+    """
+    found = jax.devices() if devices is None else devices
+    resolved = config.resolved(len(found))
+    if jax.process_count() > 1 and resolved.devices != len(found):
+        raise ValueError(
+            f"mesh {config} is {resolved.devices} devices, and {jax.process_count()} processes "
+            f"have {len(found)}: together they use all of them"
+        )
+    return resolved
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the four axes, whose shardings XLA propagates (`AxisType.Auto`).
+
+    Args:
+        config: devices along each axis.
+        devices: to make it of, the first ones if they are more than it takes; default all.
+
+    Raises:
+        ValueError: the sizes do not fit the devices; names sizes that do.
+    """
+    found = jax.devices() if devices is None else list(devices)
+    sizes = resolve_mesh(config, found).sizes
+    shape = tuple(sizes[axis] for axis in _ORDER)
+    return jax.make_mesh(
+        shape, _ORDER, axis_types=(AxisType.Auto,) * len(shape),
+        devices=found[: resolve_mesh(config, found).devices],
+    )  # fmt: skip
