@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cla_jax.configs import ModelConfig, TrainConfig
+from cla_jax.configs import MeshConfig, ModelConfig, TrainConfig
 from cla_jax.recipes import RECIPES
 from cla_jax.registry import model
 
@@ -36,6 +36,9 @@ class Train:
     """Instead: text as for prepare-data, read as bytes. Default: the Python standard library."""
     data_dir: Path = Path("runs/data")
     """Where prepared text is kept, for the next run."""
+    mesh: str = ""
+    """Devices, as in fsdp=4,tensor=2, or data, fsdp or tensor for all of them. Default: one device.
+    A run may be resumed on another mesh."""
     resume: bool = False
     """Go on from the newest checkpoint in `--out`."""
     force: bool = False
@@ -48,6 +51,9 @@ class Train:
             raise ValueError("--data and --text both name the training text: give one of them")
         if self.force and not self.resume:
             raise ValueError("--force is about a run that goes on: give --resume too")
+        recipe = self.training
+        if self.mesh:
+            recipe = dataclasses.replace(recipe, mesh=MeshConfig.parse(self.mesh))
         from cla_jax import data
         from cla_jax.training import train
 
@@ -59,7 +65,7 @@ class Train:
         if self.resume and not (self.out / "config.json").exists():
             print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
         trained = train(
-            config, self.training, streams, self.out, resume=self.resume, force=self.force
+            config, recipe, streams, self.out, resume=self.resume, force=self.force
         )
         print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
 

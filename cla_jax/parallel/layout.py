@@ -25,10 +25,12 @@ class Layout:
     Attributes:
         mesh: the devices.
         rules: of the model.
+        mesh_config: the mesh's sizes.
     """
 
     mesh: Mesh
     rules: Rules
+    mesh_config: MeshConfig
 
     @property
     def replicated(self) -> NamedSharding:
@@ -75,7 +77,9 @@ def make_layout(
             f"mesh {mesh}: nothing runs in stages yet; data, fsdp and tensor are the axes that work"
         )
     rules = Rules.of(model, resolved)
-    return None if resolved.devices == 1 else Layout(make_mesh(resolved, devices), rules)
+    if resolved.devices == 1:
+        return None
+    return Layout(make_mesh(resolved, devices), rules, resolved)
 
 
 def check_mesh(model: ModelConfig, training: TrainConfig) -> None:

@@ -100,7 +100,8 @@ class Checkpoints:
         """The newest checkpoint, or None if there is none.
 
         Args:
-            like: arrays or shapes of the state to restore into.
+            like: arrays or shapes of the state to restore into, where it is to lie: on any mesh,
+                whichever it was saved from.
 
         Raises:
             ValueError: the checkpoint belongs to another architecture or other data (names every
@@ -143,10 +144,10 @@ def load_params(directory: Path, architecture: dict[str, Any], like: Params) -> 
     Args:
         directory: of the run's checkpoints; it is not written to.
         architecture: the checkpoint's, as JSON values.
-        like: shapes of the parameters.
+        like: shapes of the parameters, perhaps with their shardings.
 
     Returns:
-        The parameters lie on the first device.
+        The parameters lie where `like` says, by default on the first device.
 
     Raises:
         ValueError: no checkpoint, one of another architecture, or a damaged one.
@@ -168,7 +169,7 @@ def load_params(directory: Path, architecture: dict[str, Any], like: Params) -> 
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {
             "params": jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like
             )
         }
         only = ocp.args.PyTreeRestore(

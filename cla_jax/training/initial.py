@@ -30,18 +30,25 @@ class InitialParams:
         """SHA-256 of names, shapes and float32 values; a run belongs to those it was begun with."""
         return params_fingerprint(self.make())
 
-    def on_device(self, shapes: Params, name: str) -> Params:
+    def on_device(self, shapes: Params, name: str, shardings: Params | None = None) -> Params:
         """As float32 arrays of their own: a training step gives its state away.
 
         Args:
             shapes: of the model's parameters.
             name: of the model.
+            shardings: where they lie on a mesh; default the first device.
 
         Raises:
             ValueError: they are not this model's; names the first that is not.
         """
         params = self.make()
         check_params(params, shapes, name)
+        if shardings is not None:
+            return jax.tree.map(
+                lambda a, s: jax.device_put(np.asarray(a, np.float32), s, may_alias=False),
+                params,
+                shardings,
+            )
         return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
 
 

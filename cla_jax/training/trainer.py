@@ -19,6 +19,7 @@ from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches, train
 from cla_jax.data.prepared import keep_tokenizer, tokenizer_record
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
+from cla_jax.parallel import Layout, check_mesh, in_force, make_layout
 from cla_jax.training.checkpoints import Checkpoints
 from cla_jax.training.hardware import peak_flops
 from cla_jax.training.initial import InitialParams
@@ -41,6 +42,7 @@ from cla_jax.training.step import (
     init_state,
     make_eval_step,
     make_train_step,
+    state_shardings,
 )
 from cla_jax.training.trackers import Listener, open_trackers
 
@@ -54,7 +56,7 @@ class Trained:
     Attributes:
         directory: of the run.
         model: the decoder, without its parameters.
-        params: the last step's parameters.
+        params: the last step's parameters, where the mesh has them.
         result: what `result.json` holds.
     """
 
@@ -96,7 +98,8 @@ def train(
     Raises:
         ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
             the model's, a stream shorter than one batch, a `loss_chunk` that does not divide the
-            batch, initial parameters of another model, a directory that holds a run (of another
+            batch, initial parameters of another model, a mesh that does not fit devices, model or
+            batch, a directory that holds a run (of another
             configuration or other initial parameters, or without `resume`). All of them before
             anything is written.
         FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
@@ -115,9 +118,11 @@ def train(
         console = Console(quiet=True)
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
+    layout = make_layout(training.mesh, config)
     resolved = {
         **identity,
         "execution": dataclasses.asdict(training.execution),
+        "mesh": str(training.mesh if layout is None else layout.mesh_config),
         "attention": f"{path.implementation}: {path.reason}",
         "versions": versions(),
     }
@@ -127,10 +132,12 @@ def train(
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
     if initial is None:
-        state = init_state(model, optimizer, training.seed)
+        state = init_state(model, optimizer, training.seed, layout)
     else:
         shapes = jax.eval_shape(lambda: model.init(0))
-        state = begin_state(initial.on_device(shapes, config.name), optimizer)
+        shardings = None if layout is None else state_shardings(model, optimizer, layout)
+        params = initial.on_device(shapes, config.name, shardings and shardings.params)
+        state = begin_state(params, optimizer, shardings)
     iterator = iter(batches(streams.train, training.data,
                             process_index=jax.process_index(),
                             process_count=jax.process_count()))  # fmt: skip
@@ -159,21 +166,27 @@ def train(
         if begun:  # what the run was begun with stays as it was written
             append_json(directory / "resumes.jsonl", {"step": start, **resolved})
         with (
+            in_force(layout),
             StopRequest() as stop,
             MetricLog(directory / "metrics.jsonl", resume_step=start, trackers=trackers) as log,
             TrainingProgress(config.name, training.steps, start, console) as progress,
         ):
             progress.say(f"{config.name}: attention {resolved['attention']}")
+            if layout is not None:
+                progress.say(
+                    f"{config.name}: mesh {resolved['mesh']}, {layout.mesh.size} of "
+                    f"{jax.device_count()} devices"
+                )
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
             loop = _Loop(
-                model, training, streams, checkpoints, log, progress, stop,
-                len(state.step.devices()),
-            )  # fmt: skip
+                model, training, streams, checkpoints, log, progress, stop, layout
+            )
             if initial is not None and log.last_step("validation_loss") is None:
                 loop.validate(state)
             if start < training.steps:
-                state = loop.run(state, iterator, make_train_step(model, optimizer, micro_batches))
+                train_step = make_train_step(model, optimizer, micro_batches, layout)
+                state = loop.run(state, iterator, train_step)
                 checkpoints.save(state, iterator.get_state())
             if log.last_step("validation_loss") != training.steps:
                 loop.validate(state, last=True)
@@ -202,6 +215,7 @@ def check_run(
         ValueError: as `train`.
     """
     _check_streams(config, training.data, streams)
+    check_mesh(config, training)
     check_loss_chunk(
         training.execution.loss_chunk,
         _tokens_per_step(training.data) // _micro_batches(training),
@@ -273,15 +287,15 @@ class _Loop:
         log: MetricLog,
         progress: TrainingProgress,
         stop: StopRequest,
-        devices: int,
+        layout: Layout | None,
     ) -> None:
-        self.training, self.streams = training, streams
+        self.training, self.streams, self.layout = training, streams, layout
         self.checkpoints, self.log, self.progress = checkpoints, log, progress
         self.stop = stop
         self.eval_step = make_eval_step(model)
         self.schedule = learning_rate_schedule(training.optimizer, training.steps)
         self.tokens_per_step = _tokens_per_step(training.data)
-        peak = peak_flops(devices)
+        peak = peak_flops(1 if layout is None else layout.mesh.size)
         flops = model.config.flops_per_token(training.data.sequence_length)
         self.mfu_per_rate = flops / peak if peak else None
         self._pending: tuple[int, Any] | None = None
@@ -297,7 +311,7 @@ class _Loop:
         self._clock, self._logged = time.perf_counter(), step
         while step < training.steps:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = train_step(state, next(iterator))
+                state, metrics = train_step(state, self._placed(next(iterator)))
             step += 1
             # A step's metrics are read when the next is under way, so that reading never idles
             # the device.
@@ -366,7 +380,7 @@ class _Loop:
         for batch in _validation_batches(self.training, self.streams):
             if last and self.stop.signal is not None:
                 self._leave(int(state.step))
-            losses, tokens = self.eval_step(state.params, batch)
+            losses, tokens = self.eval_step(state.params, self._placed(batch))
             total, count = total + float(losses), count + float(tokens)
         loss, step = total / count, int(state.step)
         if not loss < _LARGEST_LOSS:
@@ -383,6 +397,9 @@ class _Loop:
             }
         )
         self.progress.say(f"step {step}: validation perplexity {math.exp(loss):.3f}")
+
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if self.layout is None else self.layout.batch(batch)
 
     def _leave(self, step: int) -> None:
         assert self.stop.signal is not None
