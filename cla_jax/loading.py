@@ -12,7 +12,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 
-from cla_jax.configs import ComputeDtype, ExecutionConfig, ModelConfig
+from cla_jax.configs import ComputeDtype, ExecutionConfig, MeshConfig, ModelConfig
 from cla_jax.conversion import load_huggingface
 from cla_jax.conversion.huggingface import load_config
 from cla_jax.conversion.safetensors_io import find_tensors, holds_weights, read_json_object
@@ -20,6 +20,7 @@ from cla_jax.data.prepared import read_tokenizer
 from cla_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, tokenizer_at
 from cla_jax.inference import GenerateConfig, Sampling, check_prompts, generate
 from cla_jax.models import Decoder
+from cla_jax.parallel import Layout, in_force, make_layout
 from cla_jax.training.checkpoints import load_params
 from cla_jax.training.run_directory import read_json
 from cla_jax.training.step import Model
@@ -57,11 +58,13 @@ class TextModel:
         config: the architecture.
         decoder: float32 parameters; computes in `decoder.execution.compute_dtype`.
         tokenizer: text to tokens and back.
+        layout: of the decoder on a mesh; None: on one device.
     """
 
     config: ModelConfig
     decoder: Decoder = dataclasses.field(repr=False)
     tokenizer: Tokenizer
+    layout: Layout | None = dataclasses.field(default=None, repr=False)
 
     @overload
     def generate(
@@ -126,14 +129,15 @@ class TextModel:
             room=room,
         )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        found = generate(
-            self._unstacked,
-            self._encode(texts),
-            config,
-            decode=self.tokenizer.decode,
-            on_text=on_text,
-            first_row=first_row,
-        )
+        with in_force(self.layout):
+            found = generate(
+                self._unstacked,
+                self._encode(texts),
+                config,
+                decode=self.tokenizer.decode,
+                on_text=on_text,
+                first_row=first_row,
+            )
         continuations = [
             TextContinuation(prompt, one.text or "", one.tokens, one.finished)
             for prompt, one in zip(texts, found, strict=True)
@@ -170,6 +174,7 @@ def load(
     *,
     tokenizer: str | os.PathLike[str] | None = None,
     compute_dtype: ComputeDtype | None = None,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
 ) -> TextModel:
     """A model that `cla-jax train`, an experiment or the quickstart trained, or a converted one.
 
@@ -182,16 +187,18 @@ def load(
         tokenizer: for a directory that does not hold its own: `bytes`, a `tokenizers` JSON file or
             `hf:OWNER/NAME`.
         compute_dtype: of activations and matrix products; by default bfloat16, on a CPU float32.
+        mesh: devices to spread the model over, whatever it was trained on: `MeshConfig(tensor=4)`.
 
     Raises:
         ValueError: neither there, or several runs (names them); no checkpoint; a damaged file or a
-            model that is not supported; no tokenizer, or another than the run's.
+            model that is not supported; no tokenizer, or another than the run's; a mesh that does
+            not fit devices or model.
     """
     if compute_dtype is None:
         compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     execution = ExecutionConfig(compute_dtype=compute_dtype)
     if _is_huggingface(Path(path).expanduser()):
-        return _load_huggingface(Path(path).expanduser(), tokenizer, execution)
+        return _load_huggingface(Path(path).expanduser(), tokenizer, execution, mesh)
     directory = find_run(path)
     record = read_json(directory / "config.json")
     try:
@@ -204,12 +211,18 @@ def load(
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{directory / 'config.json'} is not a run's: {reason}") from None
     text = _tokenizer(directory, {**trained, "fingerprint": fingerprint}, tokenizer)
+    layout = make_layout(mesh, config)
     model = Model(config, execution)
     like = jax.eval_shape(lambda: model.init(0))
+    if layout is not None:
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            like, layout.of(model.axes),
+        )  # fmt: skip
     step, params = load_params(directory / "checkpoints", record["model"], like)
     if not (directory / "result.json").exists():
         print(f"{directory} is not finished: this is its step {step}", file=sys.stderr)
-    return TextModel(config, model(params), text)
+    return TextModel(config, model(params), text, layout)
 
 
 def find_run(path: str | os.PathLike[str]) -> Path:
@@ -270,7 +283,10 @@ def _is_huggingface(path: Path) -> bool:
 
 
 def _load_huggingface(
-    directory: Path, place: str | os.PathLike[str] | None, execution: ExecutionConfig
+    directory: Path,
+    place: str | os.PathLike[str] | None,
+    execution: ExecutionConfig,
+    mesh: MeshConfig,
 ) -> TextModel:
     # Before any tensor is read: the tokenizer may be refused.
     config, values = load_config(directory)
@@ -293,7 +309,16 @@ def _load_huggingface(
             f"tokenizer {text.name!r} has {text.vocab_size} ids, more than the "
             f"{config.vocab_size} of the model in {directory}: it is another model's"
         )
-    return TextModel(config, load_huggingface(directory).decoder(execution), text)
+    layout = make_layout(mesh, config)
+    checkpoint = load_huggingface(directory)
+    if layout is None:
+        return TextModel(config, checkpoint.decoder(execution), text)
+    model = Model(config, execution)
+    params = jax.tree.map(
+        lambda a, s: jax.device_put(np.asarray(a, np.float32), s),
+        checkpoint.params, layout.of(model.axes),
+    )  # fmt: skip
+    return TextModel(config, model(params), text, layout)
 
 
 def _nearest(path: Path) -> str:

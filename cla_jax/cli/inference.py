@@ -16,6 +16,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cla_jax.configs import MeshConfig
+
 if TYPE_CHECKING:
     from cla_jax.loading import TextContinuation, TextModel
 
@@ -56,6 +58,8 @@ class Generate:
     """Of the K/V cache. Default: that of the activations."""
     tokenizer: str | None = None
     """For a directory that does not hold its own: as for prepare-data."""
+    mesh: str = ""
+    """Devices to spread model and cache over, as in tensor=4 or data=2,tensor=2. Default: one."""
 
     def run(self) -> None:
         """Write them."""
@@ -67,6 +71,7 @@ class Generate:
         from cla_jax.inference import GenerateConfig, Sampling
 
         # Wrong values are told before a model is loaded.
+        MeshConfig.parse(self.mesh)
         GenerateConfig(
             max_new_tokens=self.max_new_tokens,
             sampling=Sampling(self.temperature, self.top_k, self.top_p, self.seed),
@@ -108,7 +113,8 @@ class Generate:
         """The model, and the room that the longest prompt needs."""
         from cla_jax.loading import load
 
-        model = load(self.directory, tokenizer=self.tokenizer)
+        mesh = MeshConfig.parse(self.mesh)
+        model = load(self.directory, tokenizer=self.tokenizer, mesh=mesh)
         return model, model.check(prompts, self.max_new_tokens)
 
     def _in_batches(

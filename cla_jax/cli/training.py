@@ -64,9 +64,7 @@ class Train:
             streams = data.prepare_streams(corpus, data.ByteTokenizer(), self.data_dir)
         if self.resume and not (self.out / "config.json").exists():
             print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
-        trained = train(
-            config, recipe, streams, self.out, resume=self.resume, force=self.force
-        )
+        trained = train(config, recipe, streams, self.out, resume=self.resume, force=self.force)
         print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
 
 

@@ -14,8 +14,12 @@ from jaxtyping import Array, Int
 from cla_jax._choices import check_choice
 from cla_jax.configs import ModelConfig
 from cla_jax.models import KV
+from cla_jax.models.sharding import constrain, shards
 from cla_jax.sharing import KVSharing
 
+# Logical axes: of a stack `[G', B, S, K, H]`, and of queries that attend to it.
+CACHE_AXES = (None, "cache_batch", None, "cache_heads", None)
+QUERY_AXES = ("cache_batch", None, "cache_heads", None)
 CACHE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -50,6 +54,17 @@ def check_widths(widths: Any, rows: int, length: int) -> Int[Array, "b"]:
             f"widths are {widths.dtype} {widths.shape}: expected an integer for each of {rows} rows"
         )
     return jnp.clip(widths, 0, length).astype(jnp.int32)
+
+
+def _check_split(batch: int, kv_heads: int) -> None:
+    """Whether the mesh in force divides a cache."""
+    for axis, what, size in (("cache_batch", "rows", batch), ("cache_heads", "KV heads", kv_heads)):
+        parts = shards(axis)
+        if size % parts:
+            raise ValueError(
+                f"a KV cache of {size} {what} on a mesh that splits them by {parts}: expected a "
+                f"multiple of {parts}, the nearest is {max(round(size / parts), 1) * parts}"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -88,10 +103,13 @@ class KVCache:
     ) -> "KVCache":
         """An empty cache of `batch` rows of up to `length` tokens.
 
-        Its K/V take `batch * length * config.sharing.kv_bytes_per_token(K, H, itemsize)` bytes.
+        Its K/V take `batch * length * config.sharing.kv_bytes_per_token(K, H, itemsize)` bytes. On
+        a mesh they are split over all of its devices, by KV heads or by rows (call it jitted there,
+        or a device holds the whole of each stack at first).
 
         Raises:
-            ValueError: a size that is not positive, an unknown dtype.
+            ValueError: a size that is not positive, an unknown dtype, rows or KV heads that the
+                mesh in force does not divide.
         """
         return cls.of_layers(
             config.sharing, batch, length, kv_heads=config.kv_heads, head_dim=config.head_dim,
@@ -137,11 +155,15 @@ class KVCache:
             if value < 1:
                 raise ValueError(f"a KV cache of {name} {value}: expected at least 1")
         check_dtype(dtype)
+        _check_split(batch, kv_heads)
         in_stack = sharing.kv_layers if stacked else 1
         shape = (in_stack, batch, length, kv_heads, head_dim)
         # Distinct arrays throughout: a donated buffer can be given away only once.
         k, v = (
-            tuple(jnp.zeros(shape, dtype) for _ in range(sharing.kv_layers // in_stack))
+            tuple(
+                constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
+                for _ in range(sharing.kv_layers // in_stack)
+            )
             for _ in range(2)
         )
         return cls(k, v, jnp.zeros((batch,), jnp.int32))
@@ -245,7 +267,7 @@ class KVCache:
         at, layer = self.stack(slot)
 
         def replaced(stacks: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
-            written = put(stacks[at], layer, new.astype(self.dtype))
+            written = constrain(put(stacks[at], layer, new.astype(self.dtype)), *CACHE_AXES)
             return (*stacks[:at], written, *stacks[at + 1 :])
 
         return KVCache(replaced(self.k, kv.k), replaced(self.v, kv.v), self.lengths)

@@ -7,6 +7,7 @@ K/V behind its entry (`KV(...).behind(kv)`), and it and its readers attend to wh
 """
 
 import dataclasses
+import functools
 from typing import Any, overload
 
 import jax
@@ -15,8 +16,9 @@ import numpy as np
 from cla_kernels import decode_attention
 from jaxtyping import Array, Float, Int
 
-from cla_jax.inference.cache import KVCache, check_widths
+from cla_jax.inference.cache import CACHE_AXES, QUERY_AXES, KVCache, check_widths
 from cla_jax.models import KV, attend_behind, scan_layers, unstack_layer
+from cla_jax.models.sharding import on_shards
 from cla_jax.models.stack import LayerFn, Layers, check_kept, check_layers
 from cla_jax.sharing import KVSharing
 
@@ -32,7 +34,21 @@ def attend_cached(
     seen: Int[Array, "B"],
     layer: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of the last `T` of `seen` tokens of each row over a stack of cached K/V."""
+    """Causal attention of the last `T` of `seen` tokens of each row over a stack of cached K/V.
+
+    On a mesh every device attends to the K/V that it holds: where a cache is split by rows, queries
+    and outputs change from heads to rows and back (all-to-all), K/V stay.
+    """
+    axes = (QUERY_AXES, CACHE_AXES, CACHE_AXES, QUERY_AXES[:1])
+    if isinstance(layer, jax.Array):
+        return on_shards(_attend_cached, (*axes, ()), QUERY_AXES)(q, k, v, seen, layer)
+    read = functools.partial(_attend_cached, layer=layer)
+    return on_shards(read, axes, QUERY_AXES)(q, k, v, seen)
+
+
+def _attend_cached(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, layer: int | jax.Array
+) -> jax.Array:
     if q.shape[1] <= DECODE_QUERIES:
         return decode_attention(q, k, v, seen, layer=layer)
     kv = KV(k[layer].astype(q.dtype), v[layer].astype(q.dtype))

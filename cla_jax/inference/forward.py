@@ -23,6 +23,7 @@ from cla_jax.inference.cache import KVCache, check_widths
 from cla_jax.inference.entries import DECODE_QUERIES, attend_cached
 from cla_jax.models import KV, Decoder, attend
 from cla_jax.models.rotary import Rotary, rotary
+from cla_jax.models.sharding import constrain, shards
 
 type Row = int | Int[Array, ""]
 
@@ -52,7 +53,7 @@ def prefill(
 
     Raises:
         ValueError: a cache of another model, more rows or tokens than it has room for, widths
-            out of range.
+            out of range; some of the rows of a cache whose rows a mesh splits.
     """
     first_row, widths = _check(decoder, tokens, cache, widths, first_row)
     rows = first_row + jnp.arange(tokens.shape[0], dtype=jnp.int32)
@@ -87,6 +88,11 @@ def _check(
     rows, length = tokens.shape
     if not 0 < rows <= cache.batch:
         raise ValueError(f"{rows} rows of tokens: the cache has {cache.batch}, expected 1 or more")
+    if (parts := shards("cache_batch")) > 1 and rows != cache.batch:
+        raise ValueError(
+            f"{rows} rows of tokens for a cache of {cache.batch}, which a mesh splits by {parts}: "
+            "expected tokens for all of its rows (a width of 0 leaves a row as it is)"
+        )
     if not 0 < length <= cache.length:
         raise ValueError(
             f"{length} tokens a row: the cache has room for {cache.length}, expected 1 or more"
@@ -162,5 +168,6 @@ def _forward(
 
     logits = decoder.unembed(decoder.final_norm(x))
     if not all_logits:
-        logits = logits[:, 0]
+        # A token is chosen where its row is: every device sorts rows of its own.
+        logits = constrain(logits[:, 0], "cache_batch", None)
     return logits, cache.grown(widths, first_row)

@@ -18,6 +18,7 @@ from cla_jax.inference.planning import check_fits
 from cla_jax.inference.sampling import Sampling, SamplingArrays, row_keys, sample, step_keys
 from cla_jax.inference.stopping import Decode, RowText, check_stop_strings
 from cla_jax.models import Decoder, UnstackedDecoder
+from cla_jax.models.sharding import shards
 
 _NO_TOKEN = -1
 _SHORTEST_BUCKET = 16
@@ -37,7 +38,8 @@ class GenerateConfig:
         cache_dtype: of the K/V cache: `bfloat16`, `float16`, `float32`; None is the decoder's
             compute dtype.
         prefill_tokens: tokens, padding included, that one prefill call takes: a larger one
-            prefills faster and needs more memory.
+            prefills faster and needs more memory. On a mesh that splits the rows, so many for each
+            part of them.
         room: tokens of a row, prompt and new ones, to make room for at least: with that of the
             longest of many prompts, batch after batch is of one shape and compiles once.
         block: decoding steps on the device between two looks by the host, which streams what there
@@ -123,10 +125,16 @@ def generate(
         what = "stop strings" if config.stop_strings else "on_text"
         raise ValueError(f"{what} need texts: give decode, as in decode=tokenizer.decode")
     rows = [_Row(prompt, config, decode) for prompt in ids]
+    # A mesh that splits the rows divides them: the last parts are filled up with finished ones.
+    filling = -len(ids) % shards("cache_batch")
+    ids += [ids[0][:1]] * filling
+    fillers = [_Row(prompt, config, None) for prompt in ids[len(rows) :]]
+    for row in fillers:
+        row.finished = "length"
     if config.max_new_tokens:
         length = _cache_length(decoder.config, ids, config)
         with _memory_advice(decoder.config, len(ids), length):
-            for number, new in _decoded(decoder, ids, config, rows, length, first_row):
+            for number, new in _decoded(decoder, ids, config, rows + fillers, length, first_row):
                 text = rows[number].add(new)
                 if on_tokens and new:
                     on_tokens(number, new)
@@ -265,6 +273,10 @@ def _prefilled(
     """Logits `[B, V]` of each prompt's last token, and the cache that holds the prompts."""
     parts: list[jax.Array] = []
     at = 0
+    if (split := shards("cache_batch")) > 1:  # all rows together, so that none leaves its device
+        width = min(bucket(len(prompts[0])), cache.length)
+        chunk = min(width, max(budget * split // len(prompts), 1))
+        return _prefill_group(decoder, prompts, cache, None, chunk)
     while at < len(prompts):
         width = min(bucket(len(prompts[at])), cache.length)  # the longest of those that are left
         group = prompts[at : at + max(budget // width, 1)]
@@ -275,9 +287,15 @@ def _prefilled(
 
 
 def _prefill_group(
-    decoder: UnstackedDecoder, prompts: list[np.ndarray], cache: KVCache, first: int, chunk: int
+    decoder: UnstackedDecoder,
+    prompts: list[np.ndarray],
+    cache: KVCache,
+    first: int | None,
+    chunk: int,
 ) -> tuple[jax.Array, KVCache]:
     lengths = np.array([len(prompt) for prompt in prompts])
+    # None: from the first row on, known to the compiler.
+    place = {} if first is None else {"first_row": np.int32(first)}
     logits = None
     for start in range(0, int(lengths.max()), chunk):
         widths = np.clip(lengths - start, 0, chunk).astype(np.int32)
@@ -285,7 +303,7 @@ def _prefill_group(
         for row, prompt in enumerate(prompts):
             tokens[row, : widths[row]] = prompt[start : start + chunk]
         call = _prefill if start == 0 else _extend
-        new, cache = call(decoder, tokens, cache, widths, first_row=np.int32(first))
+        new, cache = call(decoder, tokens, cache, widths, **place)
         logits = new if logits is None else jnp.where((widths > 0)[:, None], new, logits)
     assert logits is not None
     return logits, cache
@@ -372,13 +390,14 @@ def _cache_length(config: ModelConfig, prompts: list[np.ndarray], options: Gener
 
 
 def _free_memory(decoder: UnstackedDecoder) -> int | None:
-    """Bytes for these weights, a cache and workspace; None where the device does not say."""
-    device = next(iter(jax.tree.leaves(decoder)[0].devices()))
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return None
-    weights = sum(array.nbytes for array in jax.tree.leaves(decoder))
-    return stats["bytes_limit"] - stats["bytes_in_use"] + weights
+    """Bytes for these weights, a cache and workspace, on all devices; None where one is silent."""
+    free = 0
+    for device in jax.tree.leaves(decoder)[0].devices():
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return None
+        free += stats["bytes_limit"] - stats["bytes_in_use"]
+    return free + sum(array.nbytes for array in jax.tree.leaves(decoder))
 
 
 @contextlib.contextmanager

@@ -119,5 +119,3 @@ def in_force(layout: Layout | None) -> Iterator[None]:
 
 def _is_axes(tree: Any) -> bool:
     return isinstance(tree, tuple) and all(a is None or isinstance(a, str) for a in tree)
-
-

@@ -179,9 +179,7 @@ def train(
                 )
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
-            loop = _Loop(
-                model, training, streams, checkpoints, log, progress, stop, layout
-            )
+            loop = _Loop(model, training, streams, checkpoints, log, progress, stop, layout)
             if initial is not None and log.last_step("validation_loss") is None:
                 loop.validate(state)
             if start < training.steps:
