@@ -395,7 +395,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 1
     trackers: tuple[Tracker, ...] = ()
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("eval_every", 0), ("eval_tokens", 0),

@@ -63,7 +63,7 @@ class Layout:
 
 
 def make_layout(
-    mesh: MeshConfig, model: ModelConfig, devices: Sequence[jax.Device] | None = None
+    mesh: MeshConfig, model: ModelConfig, devices: Sequence[Any] | None = None
 ) -> Layout | None:
     """The layout of a model on a mesh; None for a mesh of one device, which is none.
 

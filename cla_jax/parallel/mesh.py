@@ -1,6 +1,7 @@
 """A `MeshConfig` on the devices that there are."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -12,7 +13,7 @@ _ORDER = ("stage", "data", "fsdp", "tensor")
 assert set(_ORDER) == set(MESH_AXES)
 
 
-def resolve_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> MeshConfig:
+def resolve_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> MeshConfig:
     """The sizes of a mesh on the devices that there are.
 
     Raises:
@@ -28,7 +29,7 @@ def resolve_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None
     return resolved
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the four axes, whose shardings XLA propagates (`AxisType.Auto`).
 
     Args:

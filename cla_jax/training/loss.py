@@ -1,6 +1,5 @@
 """Cross-entropy of next tokens without a whole vocabulary of float32 logits at a time."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +37,9 @@ def token_losses(
     chunk = _chunk(model, targets.size)
     if chunk == targets.size:
         return losses(hidden, targets)
-    chunked = jax.lax.map(
-        lambda xy: losses(xy[0][None], xy[1][None])[0],
-        (_in_chunks(chunk, hidden), _in_chunks(chunk, targets)),
-    )
-    return _out_of_chunks(chunked, targets.shape)
+    rows = (_in_chunks(chunk, hidden)[:, None], _in_chunks(chunk, targets)[:, None])
+    chunked = jax.lax.map(lambda xy: losses(*xy), rows)
+    return _out_of_chunks(chunked[:, 0], targets.shape)
 
 
 def weighted_loss(
