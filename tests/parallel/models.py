@@ -1,0 +1,37 @@
+"""Tiny models and meshes of eight devices, which the files of this folder share."""
+
+import functools
+
+from cla_jax.configs import ExecutionConfig, MeshConfig, ModelConfig
+from cla_jax.parallel import Layout, make_layout
+from cla_jax.sharing import KVSharing
+from cla_jax.training import Model
+
+MESHES = ("data=8", "fsdp=8", "tensor=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
+PATTERNS = {
+    "MQA": (KVSharing.none(2), 1),
+    "GQA4": (KVSharing.none(2), 4),
+    "CLA2": (KVSharing.cla(2, 2), 1),
+    "CLA4": (KVSharing.cla(4, 4), 2),
+    "KeepEnds": (KVSharing.keep_ends(4), 1),
+}
+FLOAT32 = ExecutionConfig(compute_dtype="float32")
+
+
+def config_of(pattern: str) -> ModelConfig:
+    sharing, kv_heads = PATTERNS[pattern]
+    return ModelConfig(
+        name=pattern, sharing=sharing, d_model=32, ffn_dim=48, query_heads=8, kv_heads=kv_heads,
+        head_dim=4, vocab_size=64, sequence_length=128, separate_kv_norm=True, init_std=0.2,
+    )  # fmt: skip
+
+
+@functools.cache
+def model_of(pattern: str, loss_chunk: int = 0) -> Model:
+    return Model(
+        config_of(pattern), ExecutionConfig(compute_dtype="float32", loss_chunk=loss_chunk)
+    )
+
+
+def layout_of(pattern: str, mesh: str) -> Layout | None:
+    return make_layout(MeshConfig.parse(mesh), config_of(pattern))

@@ -1,0 +1,58 @@
+"""A state that was saved on one mesh comes back bit by bit on any other."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from cla_jax.configs import OptimizerConfig
+from cla_jax.training import init_state
+from cla_jax.training.checkpoints import Checkpoints, load_params
+from cla_jax.training.optimizer import make_optimizer
+from cla_jax.training.step import state_shardings
+from tests.parallel.models import layout_of, model_of
+
+MESHES = ("none", "data=8", "fsdp=8", "fsdp=4,tensor=2", "tensor=8")
+OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
+IDENTITY = {"model": {"name": "CLA2"}}
+
+
+@functools.cache
+def values():
+    """A state of random numbers: that of step 0 is mostly zeros."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_state(model_of("CLA2"), OPTIMIZER, 0))
+    return jax.tree.map(lambda x: rng.integers(0, 99, x.shape).astype(x.dtype), shapes)
+
+
+def placed(mesh):
+    layout = layout_of("CLA2", mesh)
+    if layout is None:
+        return jax.tree.map(jax.numpy.asarray, values())
+    return jax.device_put(values(), state_shardings(model_of("CLA2"), OPTIMIZER, layout))
+
+
+@pytest.mark.parametrize(
+    "saved_on",
+    ["none", "fsdp=4,tensor=2", *(pytest.param(m, marks=pytest.mark.slow)
+                                  for m in ("data=8", "fsdp=8", "tensor=8"))],
+)  # fmt: skip
+def test_any_mesh_to_any_other(saved_on, tmp_path):
+    with Checkpoints(tmp_path, IDENTITY) as checkpoints:
+        checkpoints.save(placed(saved_on), {"next_index": 3})
+    for mesh in MESHES:
+        like = placed(mesh)
+        with Checkpoints(tmp_path, IDENTITY) as checkpoints:
+            restored = checkpoints.restore(like)
+        assert restored is not None
+        jax.tree.map(np.testing.assert_array_equal, restored.state, values())
+        for there, wanted in zip(
+            jax.tree.leaves(restored.state), jax.tree.leaves(like), strict=True
+        ):
+            assert there.sharding == wanted.sharding
+    shapes = jax.eval_shape(lambda: model_of("CLA2").init(0))
+    _, params = load_params(tmp_path, IDENTITY["model"], shapes)
+    jax.tree.map(np.testing.assert_array_equal, params, values().params)
+    assert all(isinstance(a.sharding, SingleDeviceSharding) for a in jax.tree.leaves(params))

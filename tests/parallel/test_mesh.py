@@ -1,0 +1,107 @@
+"""Meshes and rules: what is parsed, what fits, and what is said of the rest."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+
+from cla_jax.configs import DataConfig, ExecutionConfig, MeshConfig, TrainConfig
+from cla_jax.parallel import Rules, check_mesh, make_layout, make_mesh
+from tests.parallel.models import config_of
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("", {}), ("none", {}), ("fsdp=4,tensor=2", {"fsdp": 4, "tensor": 2}), ("data", {"data": 8}),
+     ("fsdp", {"fsdp": 8}), ("tensor", {"tensor": 8}), (" data = 2 , fsdp", {"data": 2, "fsdp": 4}),
+     ("tensor=auto,data=4", {"tensor": 2, "data": 4}), ("fsdp=-1", {"fsdp": 8})],
+)  # fmt: skip
+def test_meshes_are_read_and_filled_up(text, sizes):
+    resolved = MeshConfig.parse(text).resolved(8)
+    assert resolved == MeshConfig(**sizes)
+    assert MeshConfig.parse(str(resolved)) == resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("fdsp=4", ["fdsp", "nearest is 'fsdp'"]), ("data=2,data=4", ["data twice"]),
+     ("tensor=two", ["tensor='two'", "fsdp=4,tensor=2"]), ("data,fsdp", ["data and fsdp", "auto"]),
+     ("data=0", ["data=0", "1 or more"]),
+     ("fsdp=4,tensor=4", ["16 devices", "there are 8", "fsdp=2,tensor=4", "fsdp=4,tensor=2"]),
+     ("data=3,tensor", ["data=3,tensor=auto", "8 devices", "data=2,tensor=4"])],
+)  # fmt: skip
+def test_meshes_that_are_refused(text, parts):
+    with pytest.raises(ValueError, match="mesh") as error:
+        MeshConfig.parse(text).resolved(8)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@given(st.integers(1, 64), st.lists(st.integers(1, 9), min_size=4, max_size=4), st.booleans())
+def test_what_is_proposed_fits(devices, sizes, free):
+    sizes = [-1 if free and i == 0 else size for i, size in enumerate(sizes)]
+    config = MeshConfig(**dict(zip(("data", "fsdp", "tensor", "stage"), sizes, strict=True)))
+    try:
+        resolved = config.resolved(devices)
+    except ValueError as error:
+        for text in str(error).split("what works: ")[1].split(", or "):
+            assert MeshConfig.parse(text).resolved(devices).devices == devices
+    else:
+        assert resolved.devices <= devices
+        assert not free or resolved.devices == devices
+        assert math.prod(n for n in sizes if n > 0) <= devices
+
+
+def test_a_mesh_takes_the_first_devices():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"stage": 1, "data": 1, "fsdp": 2, "tensor": 2}
+    assert list(mesh.devices.flat) == jax.devices()[:4]
+    assert make_layout(MeshConfig(), config_of("MQA")) is None
+    assert make_layout(MeshConfig.parse("data"), config_of("MQA"), jax.devices()[:1]) is None
+
+
+def test_rules_of_few_kv_heads_and_odd_vocabularies():
+    few = Rules.of(config_of("CLA4"), MeshConfig(fsdp=2, tensor=4))  # 2 KV heads
+    assert few.spec("embed", "heads", "head_dim") == PartitionSpec("fsdp", "tensor", None)
+    assert few.spec("embed", "pair", "kv_heads") == PartitionSpec("fsdp", None, None)
+    cache = (None, "cache_batch", None, "cache_heads", None)
+    rows = ("data", "fsdp", "tensor")
+    assert few.spec(*cache) == PartitionSpec(None, rows, None, None, None)
+    many = Rules.of(config_of("GQA4"), MeshConfig(fsdp=2, tensor=4))
+    assert many.spec(*cache) == PartitionSpec(None, ("data", "fsdp"), None, "tensor", None)
+    assert many.vocab == ("tensor", "stage")
+    bytes_and_end = dataclasses.replace(config_of("MQA"), vocab_size=257)
+    odd = Rules.of(bytes_and_end, MeshConfig(tensor=2))
+    assert odd.vocab == ()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "pattern", "parts"),
+    [("tensor=3", "MQA", ["tensor=3", "8 query heads", "1, 2, 4, 8"]),
+     ("tensor=5", "GQA4", ["tensor=5", "sizes that work: 1, 2, 4, 8"]),
+     ("fsdp=3", "MQA", ["fsdp=3", "d_model=32", "nearest size that does is 2"]),
+     ("stage=2", "MQA", ["stage=2", "nothing runs in stages yet"])],
+)  # fmt: skip
+def test_models_that_do_not_divide(mesh, pattern, parts):
+    with pytest.raises(ValueError, match=mesh) as error:
+        make_layout(MeshConfig.parse(mesh), config_of(pattern))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "chunk", "part"),
+    [(6, 0, 0, "batch_size=6; the nearest that works is 8"),
+     (16, 2, 0, "micro_batch_size=2; the nearest that works is 4"),
+     (8, 0, 6, "loss_chunk=6 (tokens over all devices); the nearest that works is 8")],
+)  # fmt: skip
+def test_batches_that_do_not_divide(batch, micro, chunk, part):
+    training = TrainConfig(
+        1, micro, data=DataConfig(16, batch), execution=ExecutionConfig(loss_chunk=chunk),
+        mesh=MeshConfig(fsdp=2, data=2),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=re.escape(part)):
+        check_mesh(config_of("MQA"), training)

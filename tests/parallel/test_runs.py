@@ -1,0 +1,95 @@
+"""Whole runs: trained on a mesh, resumed on another, loaded on one device or several."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from cla_jax.configs import (
+    DataConfig,
+    ExecutionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from cla_jax.data import ByteTokenizer
+from cla_jax.loading import load
+from cla_jax.sharing import KVSharing
+from cla_jax.training import train, trainer
+from cla_jax.training.metrics import read_metrics
+from tests.training.streams import write_streams
+
+CONFIG = ModelConfig(
+    name="toy", sharing=KVSharing.cla(2, 2), d_model=16, ffn_dim=32, query_heads=4, kv_heads=1,
+    head_dim=8, vocab_size=ByteTokenizer().vocab_size, sequence_length=32, separate_kv_norm=True,
+)  # fmt: skip
+TRAINING = TrainConfig(
+    steps=6, data=DataConfig(sequence_length=16, batch_size=8),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    execution=ExecutionConfig(compute_dtype="float32"), checkpoint_every=3,
+)  # fmt: skip
+TEXT = {"train": ["the cat sat on the mat. " * 40], "validation": ["the dog sat on it. " * 5]}
+
+
+def on(mesh):
+    return dataclasses.replace(TRAINING, mesh=MeshConfig.parse(mesh))
+
+
+def losses(directory):
+    return [
+        r.get("loss", r.get("validation_loss")) for r in read_metrics(directory / "metrics.jsonl")
+    ]
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
+    streams = write_streams(tmp_path / "streams", TEXT)
+    train(CONFIG, TRAINING, streams, tmp_path / "alone")
+
+    counted = []
+    monkeypatch.setattr(trainer, "peak_flops", lambda devices: counted.append(devices))
+
+    def stop(record):
+        if record["step"] == 5:
+            raise StopError
+
+    run = tmp_path / "run"
+    with pytest.raises(StopError):
+        train(CONFIG, on("fsdp=4,tensor=2"), streams, run, on_record=stop)
+    # On which mesh is no part of what a run is.
+    trained = train(CONFIG, on("data=2,tensor=2"), streams, run, resume=True)
+    assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert counted == [8, 4]
+    assert json.loads((run / "config.json").read_text())["mesh"] == "fsdp=4,tensor=2"
+    resumed = json.loads((run / "resumes.jsonl").read_text())
+    assert (resumed["step"], resumed["mesh"]) == (3, "data=2,tensor=2")
+    assert json.loads((tmp_path / "alone/config.json").read_text())["mesh"] == "none"
+
+    prompts = ["the cat", "a"]
+    one = load(run)
+    assert {d for a in jax.tree.leaves(one.decoder) for d in a.devices()} == {jax.devices()[0]}
+    several = load(run, mesh=MeshConfig(tensor=4))
+    assert len(jax.tree.leaves(several.decoder)[0].devices()) == 4
+    kernel = several.decoder.layer(1).attention.query.kernel[...]
+    assert kernel.addressable_shards[0].data.shape == (16, 1, 8)
+    texts = [model.generate(prompts, max_new_tokens=6) for model in (one, several)]
+    assert texts[0] == texts[1]
+    assert isinstance(trained.params, dict)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "part"),
+    [("fsdp=16", "16 devices, and there are 8"), ("tensor=8", "tensor sizes that work: 1, 2, 4"),
+     ("data=3", "does not divide batch_size=8; the nearest that works is 9")],
+)  # fmt: skip
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(mesh, part, tmp_path):
+    streams = write_streams(tmp_path / "streams", TEXT)
+    with pytest.raises(ValueError, match=part):
+        train(CONFIG, on(mesh), streams, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,128 @@
+"""Losses, gradients and updates on meshes of eight devices are those of one device."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from cla_jax.configs import OptimizerConfig
+from cla_jax.parallel import in_force
+from cla_jax.training import init_state, make_train_step
+from cla_jax.training.loss import weighted_loss
+from cla_jax.training.optimizer import make_optimizer
+from cla_jax.training.step import make_eval_step, state_shardings
+from tests.models.reference import QUICK_COMPILE
+from tests.parallel.models import MESHES, PATTERNS, layout_of, model_of
+
+# Of each array's largest element; measured at most 1.5e-6.
+TOLERANCE = 1e-5
+TOKENS = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
+MASK = np.random.default_rng(1).integers(0, 2, (8, 16)).astype(np.float32)
+OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
+
+# Together they have every axis, few KV heads and shared ones; all others are slow.
+QUICK = {("MQA", "data=2,fsdp=2,tensor=2"), ("CLA4", "tensor=8")}
+ALL = [
+    pytest.param(p, m, marks=() if (p, m) in QUICK else pytest.mark.slow)
+    for p in PATTERNS
+    for m in MESHES
+]
+
+
+def loss_and_gradients(pattern, mesh):
+    """With chunks of the loss, of which every device has its share."""
+    model, layout = model_of(pattern, loss_chunk=64), layout_of(pattern, mesh)
+    batch = {"tokens": TOKENS, "weights": MASK / MASK.sum()}
+    params = model.init(0)
+    if layout is not None:
+        params, batch = jax.device_put(params, layout.of(model.axes)), layout.batch(batch)
+
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def run(params, batch):
+        return jax.value_and_grad(
+            lambda p: weighted_loss(model(p), batch["tokens"], batch["weights"])
+        )(params)
+
+    with in_force(layout):
+        return jax.tree.map(np.asarray, run(params, batch))
+
+
+@functools.cache
+def alone(pattern):
+    return loss_and_gradients(pattern, "none")
+
+
+def assert_close(found, expected, tolerance=TOLERANCE):
+    def check(path, a, b):
+        error = np.abs(a - b).max() / np.abs(b).max()
+        assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
+
+    jax.tree.map_with_path(check, found, expected)
+
+
+@pytest.mark.parametrize(("pattern", "mesh"), ALL)
+def test_loss_and_gradients_are_those_of_one_device(pattern, mesh):
+    assert_close(loss_and_gradients(pattern, mesh), alone(pattern))
+
+
+def test_updates_and_evaluation_are_those_of_one_device():
+    """Two micro-batches, twice; what is donated keeps its place, so nothing compiles again."""
+    model, results = model_of("MQA", loss_chunk=32), []
+    for mesh in ("none", "data=2,fsdp=2"):
+        layout = layout_of("MQA", mesh)
+        batch = {"tokens": TOKENS, "mask": MASK}
+        batch = batch if layout is None else layout.batch(batch)
+        with in_force(layout):
+            state = init_state(model, OPTIMIZER, 0, layout)
+            step = make_train_step(model, OPTIMIZER, 2, layout)
+            for _ in range(2):
+                state, metrics = step(state, batch)
+            evaluated = make_eval_step(model)(state.params, batch)
+        assert step._cache_size() == 1
+        if layout is not None:
+            assert jax.tree.map(lambda a: a.sharding, state) == state_shardings(
+                model, OPTIMIZER, layout
+            )
+        results.append(jax.tree.map(np.asarray, (state.params, metrics, evaluated)))
+    assert_close(results[1], results[0], 1e-4)  # AdamW divides small numbers by small numbers
+
+
+@pytest.mark.parametrize(
+    ("mesh", "most"),
+    [pytest.param("fsdp=8", 0.16, marks=pytest.mark.slow), ("fsdp=4,tensor=2", 0.17),
+     pytest.param("tensor=8", 0.35, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_state_is_made_where_it_lies_and_is_the_same(mesh, most):
+    """`most`: the largest share of the state's bytes on a device; MQA's K/V and norms are whole."""
+    model, layout = model_of("MQA"), layout_of("MQA", mesh)
+    assert layout is not None
+    made = jax.jit(lambda: init_state(model, OPTIMIZER, 0, layout)).lower().compile()
+    state = made()
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    for device in jax.devices():
+        here = [
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(state)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        ]
+        assert sum(here) < most * whole
+    # While it is made, no device holds the largest parameter whole beside its share.
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(state))
+    analysis = made.memory_analysis()
+    assert analysis.output_size_in_bytes < most * whole
+    assert analysis.temp_size_in_bytes < largest
+    one = init_state(model, OPTIMIZER, 0)
+    jax.tree.map(np.testing.assert_array_equal, state, one)
+
+
+def test_without_a_mesh_nothing_is_laid_out():
+    model = model_of("MQA", loss_chunk=32)
+    state = jax.eval_shape(lambda: init_state(model, OPTIMIZER, 0))
+    text = make_train_step(model, OPTIMIZER).lower(state, {"tokens": TOKENS}).as_text()
+    assert "sharding" not in text
+    assert "mesh" not in text
+    leaf = jax.tree.leaves(model.init(0))[0]
+    assert isinstance(leaf.sharding, SingleDeviceSharding)
