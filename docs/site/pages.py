@@ -21,6 +21,7 @@ ROOMS = {
     "cla_jax.models": "cla_jax/models",
     "cla_jax.inference": "cla_jax/inference",
     "cla_jax.data": "cla_jax/data",
+    "cla_jax.parallel": "cla_jax/parallel",
     "cla_jax.training": "cla_jax/training",
     "cla_jax.conversion": "cla_jax/conversion",
     "cla_jax.evaluation": "cla_jax/evaluation",

@@ -83,7 +83,7 @@ def test_prefill_and_decoding_are_those_of_one_device(pattern, mesh):
     assert len(devices) == parts
     assert {device_bytes(cache, device) for device in devices} == {cache.nbytes / parts}
     # What is cached stays where it is; queries and outputs change places where rows are split.
-    found = COLLECTIVE.findall(program.as_text())
+    found = COLLECTIVE.findall(program.as_text() or "")
     assert not [shapes for shapes, _ in found if str(ROOM) in re.findall(r"\d+", shapes)]
     by_rows = "tensor" in mesh and config_of(pattern).kv_heads % int(mesh[-1]) != 0
     assert ("all-to-all" in {kind for _, kind in found}) == by_rows
