@@ -54,6 +54,9 @@ class Train:
         recipe = self.training
         if self.mesh:
             recipe = dataclasses.replace(recipe, mesh=MeshConfig.parse(self.mesh))
+            from cla_jax.parallel import check_mesh
+
+            check_mesh(config, recipe)  # before text is prepared
         from cla_jax import data
         from cla_jax.training import train
 

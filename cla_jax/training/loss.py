@@ -1,6 +1,5 @@
 """Cross-entropy of next tokens without a whole vocabulary of float32 logits at a time."""
 
-
 import jax
 import jax.numpy as jnp
 import optax

@@ -65,3 +65,34 @@ def test_train_refuses_an_unknown_model_before_it_reads_anything(run, tmp_path, 
     assert "'tiny/MQA-CLA9'" in error
     assert "tiny/MHA, tiny/MQA, tiny/MQA-CLA2, tiny/MQA-CLA3" in error
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_train_and_generate_on_meshes(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("the cat sat on the mat.\n" * 100)
+    arguments = [
+        "train", "tiny/MQA-CLA2", "--out", "runs/mine", "--text", "my.txt", "--training.steps", "2",
+        "--training.data.sequence-length", "32", "--training.data.batch-size", "4",
+        "--training.eval-tokens", "64", "--training.execution.compute-dtype", "float32",
+    ]  # fmt: skip
+    code, _, error = run(*arguments, "--mesh", "fsdp=2,tensor=2")
+    assert code == 0, error
+    assert "mesh fsdp=2,tensor=2, 4 of 8 devices" in error
+    prompt = ["generate", "runs/mine", "--prompt", "the cat", "--max-new-tokens", "4"]
+    texts = [run(*prompt, *more) for more in ((), ("--mesh", "tensor=4"))]
+    assert [code for code, _, _ in texts] == [0, 0]
+    assert texts[0][1] == texts[1][1]
+
+
+def test_meshes_are_refused_before_text_or_model_is_read(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "tiny/MQA-CLA2", "--out", "runs/mine", "--text", "none.txt", "--mesh"]
+    generate = ["generate", "nowhere", "--prompt", "a", "--mesh"]
+    for arguments, part in [
+        ([*train, "fdsp=2"], "the nearest is 'fsdp'"), ([*train, "fsdp=64"], "what works: fsdp=8"),
+        ([*generate, "tensor=2,tensor=4"], "tensor twice"),
+    ]:  # fmt: skip
+        code, _, error = run(*arguments)
+        assert code == 1
+        assert part in error

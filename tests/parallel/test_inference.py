@@ -28,10 +28,12 @@ COLLECTIVE = re.compile(
 
 # By rows over two axes, and by heads; the others are slow.
 QUICK = {("CLA2", "data=2,tensor=4"), ("GQA4", "tensor=4")}
+MESHES = ("tensor=8", "tensor=4", "data=2,tensor=4", "fsdp=4,tensor=2", "data=8")
 ALL = [
     pytest.param(p, m, marks=() if (p, m) in QUICK else pytest.mark.slow)
     for p in PATTERNS
-    for m in ("tensor=8", "tensor=4", "data=2,tensor=4", "fsdp=4,tensor=2", "data=8")
+    for m in MESHES
+    if p in ("GQA4", "CLA4") or m == "tensor=8" or (p, m) in QUICK
 ]
 
 

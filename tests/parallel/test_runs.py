@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from cla_jax.configs import (
@@ -14,10 +15,11 @@ from cla_jax.configs import (
     OptimizerConfig,
     TrainConfig,
 )
+from cla_jax.conversion import HuggingFaceCheckpoint, save_huggingface
 from cla_jax.data import ByteTokenizer
 from cla_jax.loading import load
 from cla_jax.sharing import KVSharing
-from cla_jax.training import train, trainer
+from cla_jax.training import InitialParams, train, trainer
 from cla_jax.training.metrics import read_metrics
 from tests.training.streams import write_streams
 
@@ -80,7 +82,18 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     assert kernel.addressable_shards[0].data.shape == (16, 1, 8)
     texts = [model.generate(prompts, max_new_tokens=6) for model in (one, several)]
     assert texts[0] == texts[1]
-    assert isinstance(trained.params, dict)
+
+    params = jax.tree.map(np.asarray, trained.params)
+    save_huggingface(HuggingFaceCheckpoint(CONFIG, params), tmp_path / "exported")
+    exported = load(tmp_path / "exported", tokenizer="bytes", mesh=MeshConfig(data=2, tensor=2))
+    assert exported.generate(prompts, max_new_tokens=6) == texts[0]
+
+    # Given parameters lie as random ones do, and are copies: a step gives its state away.
+    again = train(
+        CONFIG, on("fsdp=2"), streams, tmp_path / "again", initial=InitialParams(lambda: params)
+    )
+    assert losses(tmp_path / "again")[0] == pytest.approx(trained.result["validation_loss"], 1e-5)
+    assert len(jax.tree.leaves(again.params)[0].devices()) == 2
 
 
 @pytest.mark.parametrize(
