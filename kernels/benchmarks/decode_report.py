@@ -1,0 +1,388 @@
+"""From the CSV of `decode_attention.py`: the table, the summary and the figure. Imports no JAX."""
+
+import collections
+import csv
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from decode_shapes import Shape
+
+OURS = "mosaic_gpu"
+JAX_PATHS = ("mosaic_gpu", "cudnn", "xla", "jax_nn_xla")
+PEERS = ("torch_flash", "torch_cudnn", "flashinfer")
+ORDER = (*JAX_PATHS, "reference", *PEERS)
+_COLOURS = {
+    "mosaic_gpu": ("#000000", "o"),
+    "cudnn": ("#0072B2", "s"),
+    "xla": ("#56B4E9", "^"),
+    "jax_nn_xla": ("#999999", "v"),
+    "reference": ("#999999", "x"),
+    "torch_flash": ("#D55E00", "D"),
+    "torch_cudnn": ("#E69F00", "P"),
+    "flashinfer": ("#009E73", "X"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One shape and implementation. Without `microseconds` there is no time, and `note` says why.
+
+    `microseconds` are of a call, `spread` the range of the repeats over their median;
+    `tb_per_second` counts the K/V that a call must read, `fraction` is of `ceiling_tb_per_second`,
+    the read bandwidth measured in the same run; `error` is the norm of the difference from float32
+    over the norm. `layers` caches are read in turn. `default` is what decode_attention chooses.
+    """
+
+    shape: Shape
+    implementation: str
+    default: str = ""
+    layers: int = 0
+    microseconds: float | None = None
+    spread: float | None = None
+    tb_per_second: float | None = None
+    fraction: float | None = None
+    error: float | None = None
+    temporary_bytes: int | None = None
+    ceiling_tb_per_second: float | None = None
+    device: str = ""
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[Shape, str]:
+        return self.shape, self.implementation
+
+
+_OF_SHAPE = tuple(field.name for field in dataclasses.fields(Shape))
+_OF_ROW = tuple(field.name for field in dataclasses.fields(Row) if field.name != "shape")
+_DIGITS = {
+    "microseconds": "{:.3f}", "spread": "{:.4f}", "tb_per_second": "{:.4f}", "fraction": "{:.4f}",
+    "error": "{:.3e}", "ceiling_tb_per_second": "{:.4f}",
+}  # fmt: skip
+COLUMNS = ("name", *_OF_SHAPE, "kv_bytes", "cache_bytes", *_OF_ROW)
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row to the file at once, so that what was measured stays."""
+    values = [row.shape.name, *(getattr(row.shape, name) for name in _OF_SHAPE)]
+    values += [row.shape.kv_bytes, row.shape.cache_bytes]
+    for name in _OF_ROW:
+        value = getattr(row, name)
+        values.append("" if value is None else _DIGITS.get(name, "{}").format(value))
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow(values)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; of several with one shape and implementation the last.
+
+    Raises:
+        ValueError: not a file that `append` wrote.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected the results.csv of an earlier run")
+    found: dict[tuple[Shape, str], Row] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: its columns are not those of this benchmark's results.csv")
+        for number, line in enumerate(reader, 2):
+            try:
+                row = _row(line)
+            except (TypeError, ValueError):
+                # A run that was killed while it wrote leaves half a line, the last.
+                print(f"{path}, line {number}: not a whole row, passed over")
+                continue
+            found[row.key] = row
+    return list(found.values())
+
+
+def _row(line: dict[str, str]) -> Row:
+    if any(line.get(name) is None for name in COLUMNS):
+        raise ValueError("too short")
+    sizes = (int(line[name]) for name in ("B", "S", "N", "K", "H"))
+    shape = Shape(*sizes, line["dtype"], line["skewed"] == "True")
+
+    def number(name: str) -> float | None:
+        return float(line[name]) if line[name] else None
+
+    return Row(
+        shape,
+        line["implementation"],
+        line["default"],
+        int(line["layers"]),
+        *(number(n) for n in ("microseconds", "spread", "tb_per_second", "fraction", "error")),
+        int(line["temporary_bytes"]) if line["temporary_bytes"] else None,
+        number("ceiling_tb_per_second"),
+        line["device"],
+        line["note"],
+    )
+
+
+Times = dict[Shape, dict[str, Row]]
+
+
+def by_shape(rows: Iterable[Row]) -> Times:
+    """Rows of each shape by implementation: shapes by size, implementations in a fixed order."""
+    rank = {name: i for i, name in enumerate(ORDER)}
+    found: Times = {}
+    for row in sorted(
+        rows, key=lambda r: (r.shape.skewed, r.shape.dtype, r.shape.kv_bytes, r.shape, rank.get(
+            r.implementation, len(rank)))
+    ):  # fmt: skip
+        found.setdefault(row.shape, {})[row.implementation] = row
+    return found
+
+
+def _columns(times: Times) -> list[str]:
+    present = {name for rows in times.values() for name in rows}
+    return [name for name in ORDER if name in present]
+
+
+def default_row(rows: dict[str, Row]) -> Row | None:
+    """The row of what decode_attention chooses for this shape, if it was timed."""
+    chosen = next((row.default for row in rows.values() if row.default), "")
+    return rows.get(chosen)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A row a shape in Markdown, in microseconds, the best in bold; below, why some have no time."""
+    times = by_shape(rows)
+    names = _columns(times)
+    heads = ["shape", "K/V, MB", *names, "default", "of bandwidth"]
+    lines = ["| " + " | ".join(heads) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(names) + 1) + " --- | ---: |")
+    missing = collections.Counter[tuple[str, str]]()
+    for shape, measured in times.items():
+        best = min(
+            (row.microseconds for row in measured.values() if row.microseconds), default=None
+        )
+        cells = [shape.name, f"{shape.kv_bytes / 1e6:.1f}"]
+        for name in names:
+            row = measured.get(name)
+            if row is None:
+                cells.append("")
+            elif row.microseconds is None:
+                missing[name, row.note] += 1
+                wrong = row.note.startswith("wrong")
+                cells.append("wrong" if wrong else "-")
+            else:
+                cell = f"{row.microseconds:.1f}"
+                cells.append(f"**{cell}**" if row.microseconds == best else cell)
+        chosen = default_row(measured)
+        cells.append(next((row.default for row in measured.values()), ""))
+        cells.append(f"{chosen.fraction:.2f}" if chosen and chosen.fraction else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines += [
+        f"* {name}, no time on {_shapes(n)}: {note}" for (name, note), n in sorted(missing.items())
+    ]
+    how = collections.Counter(
+        (row.implementation, row.note) for row in rows if row.microseconds and row.note
+    )
+    lines += [f"* {name}, on {_shapes(n)}: {note}" for (name, note), n in sorted(how.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _shapes(n: int) -> str:
+    return f"{n} shape" + "s" * (n != 1)
+
+
+def _geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How the default and our kernel compare: with each path, at each size, with 8 bits, skewed."""
+    times = by_shape(rows)
+    names = _columns(times)
+    ceilings = sorted({row.ceiling_tb_per_second for row in rows if row.ceiling_tb_per_second})
+    devices = sorted({row.device for row in rows if row.device})
+    lines = [
+        f"{_shapes(len(times))} on {', '.join(devices)}; read bandwidth "
+        f"{', '.join(f'{c:.3f}' for c in ceilings)} TB/s.", ""
+    ]  # fmt: skip
+    for label, pick in (("default", default_row), (OURS, lambda rows: rows.get(OURS))):
+        chosen = {
+            shape: row for shape, found in times.items()
+            if (row := pick(found)) and row.microseconds
+        }  # fmt: skip
+        if not chosen:
+            continue
+        lines.append(f"{label}, timed on {len(chosen)} of {_shapes(len(times))}:")
+        for name in names:
+            if name != label:
+                lines += _against(name, chosen, times)
+        lines += _fastest(label, chosen, times)
+        if label == "default":
+            lines += _by_size(chosen)
+            lines += _pairs("8-bit", chosen, lambda s: dataclasses.replace(s, dtype="bf16"))
+            lines += _pairs("skewed", chosen, lambda s: dataclasses.replace(s, skewed=False))
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _against(name: str, chosen: dict[Shape, Row], times: Times) -> list[str]:
+    ratios = {
+        shape: other.microseconds / row.microseconds
+        for shape, row in chosen.items()
+        if row.microseconds
+        and (other := times[shape].get(name))
+        and other is not row
+        and other.microseconds
+    }
+    if not ratios:
+        return []
+    worst = min(ratios, key=lambda shape: ratios[shape])
+    slower = sum(ratio < 1 for ratio in ratios.values())
+    return [
+        f"* against {name}: {_geometric_mean(list(ratios.values())):.2f} times as fast in the "
+        f"geometric mean of {_shapes(len(ratios))}; slower on {slower}; least "
+        f"{ratios[worst]:.2f} ({worst.name})"
+    ]
+
+
+def _fastest(label: str, chosen: dict[Shape, Row], times: Times) -> list[str]:
+    """Of all shapes that any JAX path was timed on, whether ours was or not."""
+    beaten: list[str] = []
+    compared = 0
+    for shape, found in times.items():
+        paths = {
+            name: row.microseconds for name, row in found.items()
+            if name in JAX_PATHS and row.microseconds
+        }  # fmt: skip
+        if not paths:
+            continue
+        compared += 1
+        best = min(paths, key=lambda name: paths[name])
+        own = chosen.get(shape)
+        if own is None:
+            beaten.append(f"{shape.name} (no time; {best} {paths[best]:.1f} us)")
+        elif own.microseconds and own.microseconds > paths[best]:
+            ratio = own.microseconds / paths[best]
+            beaten.append(f"{shape.name} ({best} is {ratio:.2f} times as fast)")
+    if not compared:
+        return []
+    share = 1 - len(beaten) / compared
+    lines = [f"* {label} is the fastest JAX path on {share:.1%} of {_shapes(compared)}"]
+    if beaten:
+        lines[0] += "; not on:"
+    return lines + [f"  * {name}" for name in beaten]
+
+
+_SIZES = ((0, "under 8 MB"), (8e6, "8 to 64 MB"), (64e6, "64 to 128 MB"), (128e6, "128 to 256 MB"),
+          (256e6, "256 MB and more"))  # fmt: skip
+
+
+def _by_size(chosen: dict[Shape, Row]) -> list[str]:
+    lines: list[str] = []
+    for (least, label), most in zip(
+        _SIZES, [*(size for size, _ in _SIZES[1:]), math.inf], strict=True
+    ):
+        fractions = {
+            shape: row.fraction for shape, row in chosen.items()
+            if shape.dtype == "bf16" and not shape.skewed and least <= shape.kv_bytes < most
+            and row.fraction
+        }  # fmt: skip
+        if fractions:
+            worst = min(fractions, key=lambda shape: fractions[shape])
+            mean = _geometric_mean(list(fractions.values()))
+            lines.append(
+                f"* bf16, {label}: {mean:.2f} of the bandwidth in the geometric mean of "
+                f"{_shapes(len(fractions))}, at least {fractions[worst]:.2f} ({worst.name})"
+            )
+    return lines
+
+
+def _pairs(what: str, chosen: dict[Shape, Row], partner: object) -> list[str]:
+    lines: list[str] = []
+    for shape, row in chosen.items():
+        other = partner(shape)  # pyright: ignore[reportCallIssue]
+        own, its = row.microseconds, chosen[other].microseconds if other in chosen else None
+        if other != shape and own and its:
+            lines.append(f"  * {shape.name}: {own:.1f} us, {other.name}: {its:.1f} us "
+                         f"({its / own:.2f})")  # fmt: skip
+    return [f"* {what} caches and their counterparts:", *lines] if lines else []
+
+
+def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
+    """The fraction of the bandwidth against K/V bytes, a panel a head dim, as `.png` and `.svg`.
+
+    bf16 caches with full rows. Points are shapes, lines the median of those of one size.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    drawn = [
+        row for row in rows if row.fraction and row.shape.dtype == "bf16" and not row.shape.skewed
+    ]
+    if not drawn:
+        return []
+    dims = sorted({row.shape.H for row in drawn})
+    style = {"font.size": 9, "svg.fonttype": "path", "svg.hashsalt": "cla-jax"}
+    with mpl.rc_context(style):
+        figure = Figure((1.2 + 3.1 * len(dims), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(dims), sharex=True, sharey=True, squeeze=False)[0]
+        handles: dict[str, object] = {}
+        for panel, dim in zip(panels, dims, strict=True):
+            for name in ORDER:
+                points = [r for r in drawn if (r.implementation, r.shape.H) == (name, dim)]
+                if not points:
+                    continue
+                colour, marker = _COLOURS[name]
+                sizes: dict[int, list[float]] = {}
+                for row in points:
+                    sizes.setdefault(row.shape.kv_bytes, []).append(row.fraction or 0.0)
+                x = sorted(sizes)
+                y = [sorted(sizes[s])[len(sizes[s]) // 2] for s in x]
+                front = 3 if name == OURS else 2
+                panel.plot(
+                    [r.shape.kv_bytes for r in points], [r.fraction or 0.0 for r in points], marker,
+                    color=colour, alpha=0.35, markersize=3, markeredgewidth=0, zorder=front,
+                )  # fmt: skip
+                (handles[name],) = panel.plot(
+                    x, y, color=colour, linewidth=1.8 if name == OURS else 1.1, marker=marker,
+                    markersize=3.5, label=name, zorder=front + 2,
+                )  # fmt: skip
+            panel.set(title=f"head dim {dim}", xlabel="K/V that a call reads", xscale="log")
+            panel.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=1)
+            panel.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+            panel.spines[["top", "right"]].set_visible(False)
+            least = min(r.shape.kv_bytes for r in drawn)
+            most = max(r.shape.kv_bytes for r in drawn)
+            ticks = [10.0**p for p in range(0, 12) if least / 2 <= 10.0**p <= most * 2]
+            panel.xaxis.set_major_locator(FixedLocator(ticks))
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _bytes(x)))
+        panels[0].set_ylabel("fraction of the read bandwidth")
+        panels[0].set_ylim(0, max(1.05, 1.05 * max(row.fraction or 0.0 for row in drawn)))
+        names = [name for name in ORDER if name in handles]
+        figure.legend(
+            [handles[name] for name in names], names, loc="outside lower center",
+            ncols=len(names), frameon=False, fontsize=8,
+        )  # fmt: skip
+        places = []
+        for kind in ("png", "svg"):
+            place = stem.with_suffix(f".{kind}")
+            notes = {"Software": None} if kind == "png" else {"Date": None}
+            handle, temporary = tempfile.mkstemp(dir=place.parent, suffix=f".{kind}")
+            os.close(handle)
+            figure.savefig(temporary, format=kind, dpi=200, metadata=notes)
+            os.replace(temporary, place)
+            places.append(place)
+    return places
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:g} {name}"
+    return f"{size:g} B"
