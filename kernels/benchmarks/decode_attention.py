@@ -25,7 +25,6 @@ import concurrent.futures
 import dataclasses
 import difflib
 import gc
-import importlib
 import itertools
 import os
 import sys
@@ -163,7 +162,9 @@ def write_report(rows: Sequence[Row], out: Path | None) -> None:
     temporary.write_text(text, "utf-8")
     temporary.replace(out / "results.md")
     try:
-        places = report.draw(rows, out / "bandwidth")
+        from decode_figure import draw
+
+        places = draw(rows, out / "bandwidth")
     except ImportError as error:
         print(f"no figure: {error}")
         return
@@ -206,6 +207,7 @@ def measure_all(run: Run, wanted: Sequence[tuple[Shape, Sequence[str]]]) -> None
 
 def measure_shape(run: Run, shape: Shape, names: Sequence[str], programs: dict[str, Any]) -> None:
     """All implementations of one shape on the same arrays."""
+    import decode_peers
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -221,7 +223,7 @@ def measure_shape(run: Run, shape: Shape, names: Sequence[str], programs: dict[s
             del made
             lengths = jnp.asarray(shape.lengths, jnp.int32)
             expected = np.asarray(programs["exact"].result()(q, caches[0], lengths))
-        arrays = q, caches, lengths
+        arrays = q, caches, lengths, expected
     except Exception as error:
         for name in names:
             run.record(Row(shape, name, default, note=f"no inputs: {reason(error)}"))
@@ -231,32 +233,31 @@ def measure_shape(run: Run, shape: Shape, names: Sequence[str], programs: dict[s
         row = Row(shape, name, default)
         try:
             with run.watched(row):
-                row = measured(run, row, programs.get(name), arrays, expected)
+                row = measured(run, row, programs.get(name), arrays)
         except Exception as error:
             row = dataclasses.replace(row, note=reason(error))
         run.record(row)
         if name in report.PEERS:
             gc.collect()
-            importlib.import_module("decode_peers").release()
-    arrays = None
+            decode_peers.release()
     try:
         jax.block_until_ready(jnp.zeros(8) + 1)
     except Exception as error:
         raise DeviceLostError(f"the device is lost after {shape.name}: {reason(error)}") from None
 
 
-def measured(run: Run, row: Row, program: Any, arrays: Any, expected: Any) -> Row:
+def measured(run: Run, row: Row, program: Any, arrays: Any) -> Row:
     """The row with its error and, if that is small enough, its time."""
+    import decode_peers
     import decode_timing
 
-    q, caches, lengths = arrays
+    q, caches, lengths, expected = arrays
     shape, name = row.shape, row.implementation
     timed: Callable[[], Any]
     if name in report.PEERS:
-        peers = importlib.import_module("decode_peers")
-        if why := peers.obstacle(name, shape):
+        if why := decode_peers.obstacle(name, shape):
             return dataclasses.replace(row, note=why)
-        out, timed = peers.measure(name, q, caches, shape, run.timing)
+        out, timed = decode_peers.measure(name, q, caches, shape, run.timing)
     else:
         compiled = program.result()
         row = dataclasses.replace(row, temporary_bytes=decode_timing.temporaries(compiled))
@@ -282,15 +283,16 @@ def relative_error(out: Any, expected: Any) -> float:
 
 def available(names: Sequence[str]) -> list[str]:
     """Without the peers that this machine lacks: another run may add them."""
+    import decode_peers
+
     found = [name for name in names if name not in report.PEERS]
     for name in names:
         if name in report.PEERS:
-            peers = importlib.import_module("decode_peers")
-            if why := peers.missing(name):
+            if why := decode_peers.missing(name):
                 print(f"# {name} is left out: {why}", flush=True)
             else:
                 found.append(name)
-                print(f"# {name}: {peers.version(name)}", flush=True)
+                print(f"# {name}: {decode_peers.version(name)}", flush=True)
     return found
 
 
@@ -367,4 +369,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a compilation that the deadline left behind is not waited for

@@ -1,12 +1,10 @@
-"""From the CSV of `decode_attention.py`: the table, the summary and the figure. Imports no JAX."""
+"""The CSV of `decode_attention.py`, and its table and summary. Imports no JAX."""
 
 import collections
 import csv
 import dataclasses
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from decode_shapes import Shape
@@ -15,16 +13,6 @@ OURS = "mosaic_gpu"
 JAX_PATHS = ("mosaic_gpu", "cudnn", "xla", "jax_nn_xla")
 PEERS = ("torch_flash", "torch_cudnn", "flashinfer")
 ORDER = (*JAX_PATHS, "reference", *PEERS)
-_COLOURS = {
-    "mosaic_gpu": ("#000000", "o"),
-    "cudnn": ("#0072B2", "s"),
-    "xla": ("#56B4E9", "^"),
-    "jax_nn_xla": ("#999999", "v"),
-    "reference": ("#999999", "x"),
-    "torch_flash": ("#D55E00", "D"),
-    "torch_cudnn": ("#E69F00", "P"),
-    "flashinfer": ("#009E73", "X"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +95,8 @@ def read(path: Path) -> list[Row]:
 def _row(line: dict[str, str]) -> Row:
     if any(line.get(name) is None for name in COLUMNS):
         raise ValueError("too short")
-    sizes = (int(line[name]) for name in ("B", "S", "N", "K", "H"))
-    shape = Shape(*sizes, line["dtype"], line["skewed"] == "True")
+    B, S, N, K, H = (int(line[name]) for name in ("B", "S", "N", "K", "H"))
+    shape = Shape(B, S, N, K, H, line["dtype"], line["skewed"] == "True")
 
     def number(name: str) -> float | None:
         return float(line[name]) if line[name] else None
@@ -116,13 +104,17 @@ def _row(line: dict[str, str]) -> Row:
     return Row(
         shape,
         line["implementation"],
-        line["default"],
-        int(line["layers"]),
-        *(number(n) for n in ("microseconds", "spread", "tb_per_second", "fraction", "error")),
-        int(line["temporary_bytes"]) if line["temporary_bytes"] else None,
-        number("ceiling_tb_per_second"),
-        line["device"],
-        line["note"],
+        default=line["default"],
+        layers=int(line["layers"]),
+        microseconds=number("microseconds"),
+        spread=number("spread"),
+        tb_per_second=number("tb_per_second"),
+        fraction=number("fraction"),
+        error=number("error"),
+        temporary_bytes=int(line["temporary_bytes"]) if line["temporary_bytes"] else None,
+        ceiling_tb_per_second=number("ceiling_tb_per_second"),
+        device=line["device"],
+        note=line["note"],
     )
 
 
@@ -153,7 +145,7 @@ def default_row(rows: dict[str, Row]) -> Row | None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A row a shape in Markdown, in microseconds, the best in bold; below, why some have no time."""
+    """A row a shape in Markdown, microseconds, the best in bold; below, why some have no time."""
     times = by_shape(rows)
     names = _columns(times)
     heads = ["shape", "K/V, MB", *names, "default", "of bandwidth"]
@@ -241,12 +233,16 @@ def _against(name: str, chosen: dict[Shape, Row], times: Times) -> list[str]:
     if not ratios:
         return []
     worst = min(ratios, key=lambda shape: ratios[shape])
-    slower = sum(ratio < 1 for ratio in ratios.values())
-    return [
+    slower = [shape for shape, ratio in ratios.items() if ratio < 1]
+    lines = [
         f"* against {name}: {_geometric_mean(list(ratios.values())):.2f} times as fast in the "
-        f"geometric mean of {_shapes(len(ratios))}; slower on {slower}; least "
-        f"{ratios[worst]:.2f} ({worst.name})"
+        f"geometric mean of {_shapes(len(ratios))}; least {ratios[worst]:.2f} ({worst.name}); "
+        f"slower on {len(slower)}"
     ]
+    if slower and name in PEERS:
+        lines[0] += ":"
+        lines += [f"  * {shape.name} ({ratios[shape]:.2f})" for shape in slower]
+    return lines
 
 
 def _fastest(label: str, chosen: dict[Shape, Row], times: Times) -> list[str]:
@@ -301,88 +297,14 @@ def _by_size(chosen: dict[Shape, Row]) -> list[str]:
     return lines
 
 
-def _pairs(what: str, chosen: dict[Shape, Row], partner: object) -> list[str]:
+def _pairs(what: str, chosen: dict[Shape, Row], partner: Callable[[Shape], Shape]) -> list[str]:
     lines: list[str] = []
     for shape, row in chosen.items():
-        other = partner(shape)  # pyright: ignore[reportCallIssue]
+        other = partner(shape)
         own, its = row.microseconds, chosen[other].microseconds if other in chosen else None
         if other != shape and own and its:
-            lines.append(f"  * {shape.name}: {own:.1f} us, {other.name}: {its:.1f} us "
-                         f"({its / own:.2f})")  # fmt: skip
-    return [f"* {what} caches and their counterparts:", *lines] if lines else []
-
-
-def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """The fraction of the bandwidth against K/V bytes, a panel a head dim, as `.png` and `.svg`.
-
-    bf16 caches with full rows. Points are shapes, lines the median of those of one size.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    drawn = [
-        row for row in rows if row.fraction and row.shape.dtype == "bf16" and not row.shape.skewed
-    ]
-    if not drawn:
-        return []
-    dims = sorted({row.shape.H for row in drawn})
-    style = {"font.size": 9, "svg.fonttype": "path", "svg.hashsalt": "cla-jax"}
-    with mpl.rc_context(style):
-        figure = Figure((1.2 + 3.1 * len(dims), 3.6), layout="constrained")
-        panels = figure.subplots(1, len(dims), sharex=True, sharey=True, squeeze=False)[0]
-        handles: dict[str, object] = {}
-        for panel, dim in zip(panels, dims, strict=True):
-            for name in ORDER:
-                points = [r for r in drawn if (r.implementation, r.shape.H) == (name, dim)]
-                if not points:
-                    continue
-                colour, marker = _COLOURS[name]
-                sizes: dict[int, list[float]] = {}
-                for row in points:
-                    sizes.setdefault(row.shape.kv_bytes, []).append(row.fraction or 0.0)
-                x = sorted(sizes)
-                y = [sorted(sizes[s])[len(sizes[s]) // 2] for s in x]
-                front = 3 if name == OURS else 2
-                panel.plot(
-                    [r.shape.kv_bytes for r in points], [r.fraction or 0.0 for r in points], marker,
-                    color=colour, alpha=0.35, markersize=3, markeredgewidth=0, zorder=front,
-                )  # fmt: skip
-                (handles[name],) = panel.plot(
-                    x, y, color=colour, linewidth=1.8 if name == OURS else 1.1, marker=marker,
-                    markersize=3.5, label=name, zorder=front + 2,
-                )  # fmt: skip
-            panel.set(title=f"head dim {dim}", xlabel="K/V that a call reads", xscale="log")
-            panel.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=1)
-            panel.grid(axis="y", color="#e6e6e6", linewidth=0.6)
-            panel.spines[["top", "right"]].set_visible(False)
-            least = min(r.shape.kv_bytes for r in drawn)
-            most = max(r.shape.kv_bytes for r in drawn)
-            ticks = [10.0**p for p in range(0, 12) if least / 2 <= 10.0**p <= most * 2]
-            panel.xaxis.set_major_locator(FixedLocator(ticks))
-            panel.xaxis.set_minor_locator(NullLocator())
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _bytes(x)))
-        panels[0].set_ylabel("fraction of the read bandwidth")
-        panels[0].set_ylim(0, max(1.05, 1.05 * max(row.fraction or 0.0 for row in drawn)))
-        names = [name for name in ORDER if name in handles]
-        figure.legend(
-            [handles[name] for name in names], names, loc="outside lower center",
-            ncols=len(names), frameon=False, fontsize=8,
-        )  # fmt: skip
-        places = []
-        for kind in ("png", "svg"):
-            place = stem.with_suffix(f".{kind}")
-            notes = {"Software": None} if kind == "png" else {"Date": None}
-            handle, temporary = tempfile.mkstemp(dir=place.parent, suffix=f".{kind}")
-            os.close(handle)
-            figure.savefig(temporary, format=kind, dpi=200, metadata=notes)
-            os.replace(temporary, place)
-            places.append(place)
-    return places
-
-
-def _bytes(size: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:g} {name}"
-    return f"{size:g} B"
+            lines.append(
+                f"  * {shape.name} {own:.1f} us, {other.name} {its:.1f} us "
+                f"({its / own:.2f} times as fast)"
+            )
+    return [f"* {what} batches against their counterparts:", *lines] if lines else []
