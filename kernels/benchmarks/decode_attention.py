@@ -43,6 +43,7 @@ IMPLEMENTATIONS = (*report.JAX_PATHS, "reference", *report.PEERS)
 DEFAULT = ("mosaic_gpu", "cudnn", "xla", *report.PEERS)
 TOLERANCES = {"bf16": 3e-3, "int8": 5e-3, "e4m3": 5e-3}  # rounding to bfloat16 alone gives 2.3e-3
 WAVE = 16  # shapes that are compiled together before they are timed: both at once disturb timing
+RUNNING = "running"  # a file beside the results
 HANGS = 180.0  # seconds after which a call is taken for one that never ends
 
 
@@ -70,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--list", action="store_true", help="print the shapes, measure nothing")
     text.add_argument("--from", type=Path, dest="source", metavar="CSV",
                       help="write table, summary and figure of these results again")  # fmt: skip
-    text.add_argument("--smoke", action="store_true", help="four tiny shapes, in seconds, anywhere")
+    text.add_argument(
+        "--smoke", action="store_true", help="three tiny shapes, in seconds, anywhere"
+    )
     return text
 
 
@@ -103,13 +106,17 @@ class Run:
     ends: float  # of time.monotonic
     ceiling: float
     device: str
-    retry: bool = False
     threads: int = 1
     hangs: float = HANGS
 
     @property
     def csv(self) -> Path:
         return self.out / "results.csv"
+
+    @property
+    def running(self) -> Path:
+        """Says what runs at the moment: the file is left behind when the process dies."""
+        return self.out / RUNNING
 
     def left(self) -> float:
         return self.ends - time.monotonic()
@@ -145,10 +152,12 @@ class Run:
         timer = threading.Timer(self.hangs, hung)
         timer.daemon = True
         timer.start()
+        self.running.write_text(f"{row.shape.name} {row.implementation}\n", "utf-8")
         try:
             yield
         finally:
             timer.cancel()
+            self.running.unlink(missing_ok=True)
 
 
 def write_report(rows: Sequence[Row], out: Path | None) -> None:
@@ -208,7 +217,6 @@ def measure_all(run: Run, wanted: Sequence[tuple[Shape, Sequence[str]]]) -> None
 def measure_shape(run: Run, shape: Shape, names: Sequence[str], programs: dict[str, Any]) -> None:
     """All implementations of one shape on the same arrays."""
     import decode_peers
-    import jax
     import jax.numpy as jnp
     import numpy as np
     from decode_timing import default_of, reason
@@ -227,6 +235,7 @@ def measure_shape(run: Run, shape: Shape, names: Sequence[str], programs: dict[s
     except Exception as error:
         for name in names:
             run.record(Row(shape, name, default, note=f"no inputs: {reason(error)}"))
+        check_device(f"{shape.name}, making its inputs")
     for name in names if arrays else ():
         if run.left() <= 0:
             break
@@ -237,13 +246,27 @@ def measure_shape(run: Run, shape: Shape, names: Sequence[str], programs: dict[s
         except Exception as error:
             row = dataclasses.replace(row, note=reason(error))
         run.record(row)
+        if not row.microseconds:
+            check_device(f"{shape.name}, {name}")
         if name in report.PEERS:
             gc.collect()
             decode_peers.release()
+
+
+def check_device(after: str) -> None:
+    """After a failure: an error on the device may have spoilt it for this process.
+
+    Raises:
+        DeviceLostError: it has.
+    """
+    import jax
+    import jax.numpy as jnp
+    from decode_timing import reason
+
     try:
         jax.block_until_ready(jnp.zeros(8) + 1)
     except Exception as error:
-        raise DeviceLostError(f"the device is lost after {shape.name}: {reason(error)}") from None
+        raise DeviceLostError(f"the device is lost after {after}: {reason(error)}") from None
 
 
 def measured(run: Run, row: Row, program: Any, arrays: Any) -> Row:
@@ -305,6 +328,22 @@ def to_do(
     return [(shape, missing) for shape, missing in wanted if missing]
 
 
+def earlier(out: Path, shapes: Sequence[Shape]) -> list[Row]:
+    """The rows of the runs before this one into `out`.
+
+    What was running when such a run died has no row: it gets one now, so as not to be tried again.
+    """
+    csv, running = out / "results.csv", out / RUNNING
+    if running.exists():
+        name, _, implementation = running.read_text("utf-8").strip().partition(" ")
+        for shape in shapes:
+            if shape.name == name:
+                note = "the run ended while this ran; --retry tries again"
+                report.append(csv, Row(shape, implementation, note=note))
+        running.unlink()
+    return report.read(csv) if csv.exists() else []
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; 0 when all was tried or the deadline came, 1 when the device was lost."""
     text = parser()
@@ -315,7 +354,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = check_names(
             options.implementations or (("reference", "xla") if options.smoke else DEFAULT)
         )
-        done: list[Row] = []
         if options.source:
             write_report(report.read(options.source), options.out)
             return 0
@@ -325,8 +363,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.out is None:
             raise ValueError("--out is missing: expected a folder for the results")
-        if (options.out / "results.csv").exists():
-            done = report.read(options.out / "results.csv")
     except ValueError as error:
         text.error(str(error))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX is imported
@@ -341,12 +377,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timing = Timing(2e-4, 1e-3, 3, rotation=40_000, most_layers=3, rate=1e9, fewest=1e-4)
     print(f"# {device.device_kind}, jax {jax.__version__}", flush=True)
     names = available(names)
+    done = earlier(options.out, shapes)
     wanted = to_do(shapes, names, done, options.retry)
     print(f"# {len(shapes)} shapes, {sum(len(missing) for _, missing in wanted)} rows to measure, "
           f"{len(done)} there already", flush=True)  # fmt: skip
     status = 0
     if wanted:
-        bandwidths = read_bandwidth(2**24 if options.smoke else 2**31, timing)
+        bandwidths = read_bandwidth(2**20 if options.smoke else 2**31, timing)
         for name, rate in bandwidths.items():
             print(f"# reads {rate / 1e12:.3f} TB/s ({name})", flush=True)
         if not bandwidths:
@@ -354,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         run = Run(
             options.out, timing, began + options.deadline, max(bandwidths.values()),
-            device.device_kind, options.retry, options.threads,
+            device.device_kind, options.threads,
         )  # fmt: skip
         try:
             measure_all(run, wanted)

@@ -46,10 +46,6 @@ class Row:
 
 _OF_SHAPE = tuple(field.name for field in dataclasses.fields(Shape))
 _OF_ROW = tuple(field.name for field in dataclasses.fields(Row) if field.name != "shape")
-_DIGITS = {
-    "microseconds": "{:.3f}", "spread": "{:.4f}", "tb_per_second": "{:.4f}", "fraction": "{:.4f}",
-    "error": "{:.3e}", "ceiling_tb_per_second": "{:.4f}",
-}  # fmt: skip
 COLUMNS = ("name", *_OF_SHAPE, "kv_bytes", "cache_bytes", *_OF_ROW)
 
 
@@ -59,7 +55,8 @@ def append(path: Path, row: Row) -> None:
     values += [row.shape.kv_bytes, row.shape.cache_bytes]
     for name in _OF_ROW:
         value = getattr(row, name)
-        values.append("" if value is None else _DIGITS.get(name, "{}").format(value))
+        rounded = isinstance(value, float)
+        values.append("" if value is None else f"{value:.5g}" if rounded else value)
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -201,13 +198,15 @@ def summary(rows: Sequence[Row]) -> str:
         f"{_shapes(len(times))} on {', '.join(devices)}; read bandwidth "
         f"{', '.join(f'{c:.3f}' for c in ceilings)} TB/s.", ""
     ]  # fmt: skip
+    seen: dict[Shape, Row] = {}
     for label, pick in (("default", default_row), (OURS, lambda rows: rows.get(OURS))):
         chosen = {
             shape: row for shape, found in times.items()
             if (row := pick(found)) and row.microseconds
         }  # fmt: skip
-        if not chosen:
-            continue
+        if not chosen or chosen == seen:
+            continue  # nothing, or what has just been said
+        seen = chosen
         lines.append(f"{label}, timed on {len(chosen)} of {_shapes(len(times))}:")
         for name in names:
             if name != label:

@@ -165,7 +165,6 @@ def smoke_shapes() -> list[Shape]:
     """For a processor, in seconds."""
     return [
         Shape(2, 64, 4, 1, 16),
-        Shape(3, 32, 4, 2, 8),
         Shape(3, 96, 4, 2, 8, skewed=True),
         Shape(2, 32, 4, 1, 16, "int8"),
     ]

@@ -260,7 +260,7 @@ def measure(
         jax.block_until_ready(compiled(q, caches, lengths, np.int32(n)))
 
     first, _ = compiled(q, caches, lengths, np.int32(0))
-    out = np.asarray(first[:, 0].astype(jnp.float32))
+    out = np.asarray(first).astype(np.float32)[:, 0]
     calls = timing.rotations(shape) * len(caches)
     return out, lambda: slope(run, calls, timing)
 
