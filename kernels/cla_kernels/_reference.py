@@ -38,5 +38,5 @@ def _dequantised(values: jax.Array, scale: jax.Array | None, layer: int | jax.Ar
     values = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False).astype(jnp.float32)
     if scale is None:
         return values
-    scale = jax.lax.dynamic_index_in_dim(scale, layer, 0, keepdims=False)
-    return values * scale.swapaxes(1, 2)[..., None]
+    of_layer = jax.lax.dynamic_index_in_dim(scale, layer, 0, keepdims=False)
+    return values * of_layer.swapaxes(1, 2)[..., None]

@@ -157,7 +157,7 @@ def test_a_write_puts_each_token_behind_its_row_and_touches_nothing_else(case):
         len(case["lengths"]), case["lengths"], case["dtype"], stacked=case["stacked"]
     )
     kv = new_kv(case["rows"], case["tokens"])
-    written = cache.write(case["slot"], kv, case["first_row"])
+    written = cache.write(case["slot"], cache.stored(kv), case["first_row"])
     expected = expected_write(cache, case["slot"], kv, case["first_row"])
     np.testing.assert_array_equal(arrays(written), expected)
     np.testing.assert_array_equal(written.lengths, case["lengths"])
@@ -168,7 +168,7 @@ def test_a_write_puts_each_token_behind_its_row_and_touches_nothing_else(case):
 def test_a_traced_slot_and_row(slot):
     cache = full_of_numbers(3, [1, 5, 0], stacked=True)
     kv = new_kv(2, 2)
-    written = jax.jit(KVCache.write)(cache, jnp.int32(slot), kv, jnp.int32(1))
+    written = jax.jit(KVCache.write)(cache, jnp.int32(slot), cache.stored(kv), jnp.int32(1))
     np.testing.assert_array_equal(arrays(written), expected_write(cache, slot, kv, 1))
 
 
@@ -176,7 +176,7 @@ def test_a_traced_slot_and_row(slot):
 def test_rows_begin_at_their_beginning_whatever_they_held(stacked):
     cache = full_of_numbers(4, [1, 5, 0, 6], stacked=stacked)
     kv = new_kv(2, LENGTH - 1)
-    begun = jax.jit(KVCache.begin, static_argnums=1)(cache, 2, kv, jnp.int32(1))
+    begun = jax.jit(KVCache.begin, static_argnums=1)(cache, 2, cache.stored(kv), jnp.int32(1))
     expected = arrays(cache)
     expected[:, 2, 1:3, : LENGTH - 1] = np.stack(kv)
     np.testing.assert_array_equal(arrays(begun), expected)
@@ -187,7 +187,7 @@ def test_rows_begin_at_their_beginning_whatever_they_held(stacked):
 def test_rows_are_a_copy_of_some_rows_of_one_layer(stacked):
     cache = full_of_numbers(4, [0, 1, 2, 3], stacked=stacked)
     taken = jax.jit(KVCache.rows, static_argnums=(1, 3))(cache, 1, jnp.int32(2), 2)
-    np.testing.assert_array_equal(np.stack(taken), arrays(cache)[:, 1, 2:4])
+    np.testing.assert_array_equal(np.concatenate(taken[:2]), arrays(cache)[:, 1, 2:4])
 
 
 def test_lengths_grow_up_to_the_room_there_is():
