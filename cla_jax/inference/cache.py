@@ -247,8 +247,9 @@ class KVCache:
         heads = jnp.arange(K, dtype=jnp.int32)
 
         def put(stack: Any, layer: Any, part: Any) -> Any:
-            # A scatter by rows: rows are of different lengths, and it copies nothing. That of
-            # scales by heads too: a window across them would be moved to the front, by a copy.
+            # A scatter by rows: rows are of different lengths, and it copies nothing. In scales the
+            # heads lie between rows and positions, so that each head is scattered too: all axes up
+            # to the last that is indexed, in their order, are what a scatter need not turn.
             at = (rows[:, None], positions)
             if stack.ndim == 4:
                 at = (rows[:, None, None], heads[None, :, None], positions[:, None])
