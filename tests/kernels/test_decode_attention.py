@@ -63,7 +63,7 @@ DTYPES = {
 def softmax_attention(q, k, v, lengths, layer, scale=None, *, k_scale=None, v_scale=None):
     """Float64; loops over rows, queries and heads. A query that sees nothing gives zeros."""
     q, k, v = (np.asarray(jnp.asarray(a, jnp.float32), np.float64) for a in (q, k, v))
-    if k_scale is not None:
+    if k_scale is not None and v_scale is not None:
         k, v = (np.einsum("gbskh,gbks->gbskh", a, s) for a, s in ((k, k_scale), (v, v_scale)))
     (B, T, N, H), S, K = q.shape, k.shape[2], k.shape[3]
     scale = 1 / np.sqrt(H) if scale is None else scale
