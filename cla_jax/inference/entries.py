@@ -16,6 +16,7 @@ from cla_kernels import decode_attention
 from jaxtyping import Array, Float, Int
 
 from cla_jax.inference.cache import KVCache, check_widths
+from cla_jax.inference.quantization import StoredKV
 from cla_jax.models import KV, attend_behind, scan_layers, unstack_layer
 from cla_jax.models.stack import LayerFn, Layers, check_kept, check_layers
 from cla_jax.sharing import KVSharing
@@ -27,15 +28,17 @@ DECODE_QUERIES = 8
 
 def attend_cached(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "G B S K H"],
-    v: Float[Array, "G B S K H"],
+    stored: StoredKV,
     seen: Int[Array, "B"],
     layer: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T N H"]:
     """Causal attention of the last `T` of `seen` tokens of each row over a stack of cached K/V."""
     if q.shape[1] <= DECODE_QUERIES:
-        return decode_attention(q, k, v, seen, layer=layer)
-    kv = KV(k[layer].astype(q.dtype), v[layer].astype(q.dtype))
+        return decode_attention(
+            q, stored.k, stored.v, seen, k_scale=stored.k_scale, v_scale=stored.v_scale,
+            layer=layer,
+        )  # fmt: skip
+    kv = stored.layer(layer, q.dtype.name)
     return attend_behind(q, kv, seen - jnp.int32(q.shape[1]))
 
 
@@ -59,7 +62,7 @@ class CacheEntry:
         return self.cache.lengths
 
     def append(self, kv: KV, /) -> "CacheEntry":
-        """With the K/V `[B, T, K, H]` of new tokens, rounded to the cache's dtype.
+        """With the K/V `[B, T, K, H]` of new tokens, rounded to the cache's dtype, or quantised.
 
         Raises:
             ValueError: K/V of other rows, heads or head dim than the cache's; a second time.
@@ -75,7 +78,8 @@ class CacheEntry:
             )
         if not 0 < tokens <= length:
             raise ValueError(f"{tokens} tokens a row for a cache with room for {length}")
-        return dataclasses.replace(self, cache=self.cache.write(self.slot, kv), appended=tokens)
+        cache = self.cache.write(self.slot, self.cache.stored(kv))
+        return dataclasses.replace(self, cache=cache, appended=tokens)
 
     def attend(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         """Causal attention of the new tokens' queries over all that the entry holds.
@@ -88,9 +92,8 @@ class CacheEntry:
                 f"{q.shape[1]} queries a row attend to an entry to which {self.appended} were "
                 "appended: an owner returns KV(k, v).behind(kv), and attends to that"
             )
-        stack, layer = self.cache.stack(self.slot)
-        seen = self.lengths + jnp.int32(self.appended)
-        return attend_cached(q, self.cache.k[stack], self.cache.v[stack], seen, layer)
+        stored, layer = self.cache.entry(self.slot)
+        return attend_cached(q, stored, self.lengths + jnp.int32(self.appended), layer)
 
 
 @overload
