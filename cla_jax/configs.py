@@ -26,6 +26,7 @@ __all__ = [
 
 Remat = Literal["none", "full", "dots"]
 ComputeDtype = Literal["bfloat16", "float32"]
+CacheDtype = Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"]
 Tracker = Literal["tensorboard", "wandb"]
 
 

@@ -12,7 +12,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 
-from cla_jax.configs import ComputeDtype, ExecutionConfig, MeshConfig, ModelConfig
+from cla_jax.configs import CacheDtype, ComputeDtype, ExecutionConfig, MeshConfig, ModelConfig
 from cla_jax.conversion import load_huggingface
 from cla_jax.conversion.huggingface import load_config
 from cla_jax.conversion.safetensors_io import find_tensors, holds_weights, read_json_object
@@ -70,14 +70,14 @@ class TextModel:
     def generate(
         self, prompts: str, *, max_new_tokens: int = ..., temperature: float = ...,
         top_k: int = ..., top_p: float = ..., seed: int = ..., stop: Sequence[str] = ...,
-        cache_dtype: ComputeDtype | None = ..., on_text: OnText | None = ...,
+        cache_dtype: CacheDtype | None = ..., on_text: OnText | None = ...,
         first_row: int = ..., room: int = ...,
     ) -> TextContinuation: ...  # fmt: skip
     @overload
     def generate(
         self, prompts: list[str] | tuple[str, ...], *, max_new_tokens: int = ...,
         temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
-        stop: Sequence[str] = ..., cache_dtype: ComputeDtype | None = ...,
+        stop: Sequence[str] = ..., cache_dtype: CacheDtype | None = ...,
         on_text: OnText | None = ..., first_row: int = ..., room: int = ...,
     ) -> list[TextContinuation]: ...  # fmt: skip
     def generate(
@@ -90,7 +90,7 @@ class TextModel:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
-        cache_dtype: ComputeDtype | None = None,
+        cache_dtype: CacheDtype | None = None,
         on_text: OnText | None = None,
         first_row: int = 0,
         room: int = 0,

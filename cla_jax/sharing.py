@@ -234,9 +234,18 @@ class KVSharing:
         """Whether `layer` projects K/V of its own."""
         return self.owners[layer] == layer
 
-    def kv_bytes_per_token(self, kv_heads: int, head_dim: int, bytes_per_element: int = 2) -> int:
-        """Bytes of K and V cached for one token: `2 * G * K * H * bytes_per_element`."""
-        return 2 * self.kv_layers * kv_heads * head_dim * bytes_per_element
+    def kv_bytes_per_token(
+        self, kv_heads: int, head_dim: int, bytes_per_element: int = 2, scale_bytes: int = 0
+    ) -> int:
+        """Bytes of K and V cached for one token: `2 * G * K * (H * element + scale)`.
+
+        Args:
+            kv_heads: `K`.
+            head_dim: `H`.
+            bytes_per_element: of a key's or value's element.
+            scale_bytes: of a KV head's scale, 4 for the 8-bit caches of `cla_jax.inference`.
+        """
+        return 2 * self.kv_layers * kv_heads * (head_dim * bytes_per_element + scale_bytes)
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -142,6 +142,28 @@ def test_extending_equals_whole_sequences(
     np.testing.assert_array_equal(same, whole)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("sharing", SHARINGS, ids=lambda s: "-".join(map(str, s.owners)))
+def test_an_8_bit_cache_is_read_alike_however_tokens_come(sharing: KVSharing, dtype: str):
+    layers = stack_layers(Sum, sharing, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 12, 8))
+
+    def extended(chunks: tuple[int, ...]) -> jax.Array:
+        cache = KVCache.of_layers(sharing, 2, 12, kv_heads=1, head_dim=8, dtype=dtype)
+        outs, start = [], 0
+        for width in chunks:
+            part = x[:, start : start + width]
+            out, cache = extend_layers(Sum.__call__, sharing, layers, part, cache)
+            outs.append(out)
+            start += width
+        return jnp.concatenate(outs, axis=1)
+
+    together = extended((12,))
+    np.testing.assert_allclose(extended((9, 1, 2)), together, rtol=2e-5, atol=2e-5)
+    whole = scan_layers(Sum.__call__, sharing, layers, x)
+    np.testing.assert_allclose(together, whole, atol=0.05 * np.abs(whole).max())
+
+
 def test_rows_of_different_lengths():
     sharing, widths = KVSharing.cla(4, 2), (3, 5)
     layers = stack_layers(Sum, sharing, rngs=nnx.Rngs(0))

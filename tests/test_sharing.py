@@ -298,6 +298,8 @@ def test_kv_bytes_per_token():
     # K and V, 10 layers, 1 head of 128, 16 bit; then 4 heads of 46 in 32 bit.
     assert KVSharing(CLA2).kv_bytes_per_token(kv_heads=1, head_dim=128) == 5120
     assert KVSharing(CLA2).kv_bytes_per_token(4, 46, bytes_per_element=4) == 14720
+    # 8 bit: a scale for each of the 2 x 10 vectors.
+    assert KVSharing(CLA2).kv_bytes_per_token(1, 128, 1, scale_bytes=4) == 20 * (128 + 4)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from cla_jax.configs import CacheDtype
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
@@ -33,6 +35,8 @@ class Evaluate:
     tokens."""
     through_cache: bool = False
     """Score token by token through the KV cache, as text is generated, instead of by prefill."""
+    cache_dtype: CacheDtype | None = None
+    """Of that cache, which prefill reads too. Default: that of the activations."""
     out: Path | None = None
     """Write evaluation.json, the harness's results.json and tables here; it must hold no evaluation
     yet. Default: print the table."""
@@ -68,7 +72,7 @@ class Evaluate:
         model = load(self.checkpoint, tokenizer=self.tokenizer)
         record, results = harness.evaluate(
             model, built, local=local, limit=self.limit, batch_size=self.batch_size,
-            through_cache=self.through_cache,
+            through_cache=self.through_cache, cache_dtype=self.cache_dtype,
         )  # fmt: skip
         if self.out is None:
             Console(soft_wrap=True).print(table([read_evaluation(record, str(self.checkpoint))]))
@@ -120,6 +124,11 @@ class PerplexityOf:
     the model's context, disjoint windows."""
     batch_size: int | None = None
     """Windows at a time. Default: 8,192 tokens."""
+    through_cache: bool = False
+    """Token by token through the KV cache, as text is generated, instead of by prefill."""
+    cache_dtype: CacheDtype | None = None
+    """Of that cache, which prefill reads too: what int8 or float8_e4m3fn costs. Default: that of
+    the activations."""
     tokenizer: str | None = None
     """For a directory that does not hold its own: as for prepare-data."""
 
@@ -132,7 +141,10 @@ class PerplexityOf:
         from cla_jax.loading import load
 
         model = load(self.checkpoint, tokenizer=self.tokenizer)
-        scorer = Scorer(model.decoder, batch_size=self.batch_size)
+        scorer = Scorer(
+            model.decoder, batch_size=self.batch_size, through_cache=self.through_cache,
+            cache_dtype=self.cache_dtype,
+        )  # fmt: skip
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("windows", total=None)
@@ -141,7 +153,9 @@ class PerplexityOf:
                 on_done=lambda n: bar.advance(task, n),
             )  # fmt: skip
         stride = scorer.context if self.stride is None else self.stride
-        print(f"{model.config.name}, context {scorer.context:,}, stride {stride:,}")
+        through = self.through_cache or self.cache_dtype
+        cached = f", {scorer.cache_dtype} cache" if through else ""
+        print(f"{model.config.name}, context {scorer.context:,}, stride {stride:,}{cached}")
         for what, count, value in (
             ("token", found.tokens, found.token_perplexity),
             ("byte", found.bytes, found.byte_perplexity),

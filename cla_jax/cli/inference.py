@@ -10,13 +10,13 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cla_jax.configs import MeshConfig
+from cla_jax.configs import CacheDtype, MeshConfig
 
 if TYPE_CHECKING:
     from cla_jax.loading import TextContinuation, TextModel
@@ -54,8 +54,8 @@ class Generate:
     here; it must not exist yet. Default: print prompts and texts."""
     batch: int = 8
     """Prompts at a time."""
-    cache_dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the K/V cache. Default: that of the activations."""
+    cache_dtype: CacheDtype | None = None
+    """Of the K/V cache; int8 and float8_e4m3fn halve it again. Default: that of the activations."""
     tokenizer: str | None = None
     """For a directory that does not hold its own: as for prepare-data."""
     mesh: str = ""

@@ -2,12 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from cla_jax import registry
+from cla_jax.configs import CacheDtype
 
 if TYPE_CHECKING:
     from cla_jax.inference.planning import MemoryPlan
@@ -31,8 +32,8 @@ class Plan:
     """Tokens of each sequence, prompt and new ones. Default: as many as in training."""
     batch: int = 1
     """Sequences at once."""
-    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the K/V cache."""
+    cache_dtype: CacheDtype = "bfloat16"
+    """Of the K/V cache; 8-bit ones with their scales."""
     bandwidth: str | None = None
     """Of the memory, such as 4.47TB/s: adds the least time of a decode step."""
     patterns: tuple[str, ...] = ()

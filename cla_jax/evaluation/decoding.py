@@ -15,7 +15,7 @@ from cla_jax.inference import KVCache, Sampling
 from cla_jax.inference.generation import decode_block
 from cla_jax.inference.planning import MemorySettings, step_reads
 from cla_jax.inference.sampling import row_keys
-from cla_jax.models import Decoder, UnstackedDecoder
+from cla_jax.models import KV, Decoder, UnstackedDecoder
 
 __all__ = [
     "DecodeCosts",
@@ -115,12 +115,19 @@ def decode_costs(
     @jax.jit
     def full() -> KVCache:
         empty = KVCache.create(config, batch, context, cache_dtype)
-        row = jax.random.normal(jax.random.key(1), empty.k[0].shape[2:], jnp.float32)
-        k, v = jax.tree.map(
-            lambda a: jnp.broadcast_to(row.astype(a.dtype)[None, None], a.shape),
-            (empty.k, empty.v),
+        row = jax.random.normal(jax.random.key(1), (1, *empty.k[0].shape[2:]), jnp.float32)
+        new = empty.stored(KV(row, row))
+
+        def filled(stacks: tuple[jax.Array, ...], part: Any) -> Any:
+            return tuple(jnp.broadcast_to(part, stack.shape) for stack in stacks)
+
+        return dataclasses.replace(
+            empty,
+            k=filled(empty.k, new.k),
+            v=filled(empty.v, new.v),
+            k_scale=filled(empty.k_scale, new.k_scale),
+            v_scale=filled(empty.v_scale, new.v_scale),
         )
-        return dataclasses.replace(empty, k=k, v=v)
 
     lengths = jnp.full((batch,), context - steps, jnp.int32)
     token, done = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)

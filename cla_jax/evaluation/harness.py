@@ -54,6 +54,7 @@ class HarnessModel(TemplateLM):
         checkpoint: a loaded model, or a path for `cla_jax.load`.
         batch_size: sequences of full length in one pass; None or `auto`: as `Scorer` chooses.
         through_cache: score token by token through the KV cache.
+        cache_dtype: of that cache, as in `Scorer`.
         tokenizer: for a checkpoint without its own, as for `cla_jax.load`.
         max_batch_size: not used; the harness's command line gives it.
         device: not used: JAX's own choice; likewise.
@@ -70,6 +71,7 @@ class HarnessModel(TemplateLM):
         checkpoint: TextModel | str | None = None,
         batch_size: int | str | None = None,
         through_cache: bool = False,
+        cache_dtype: str | None = None,
         tokenizer: str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -77,7 +79,7 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         if unknown:
-            known = ("checkpoint", "through_cache", "tokenizer")
+            known = ("cache_dtype", "checkpoint", "through_cache", "tokenizer")
             name = next(iter(unknown))
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -94,7 +96,10 @@ class HarnessModel(TemplateLM):
             rows = None
         else:
             rows = int(batch_size)
-        self.scorer = Scorer(self.model.decoder, batch_size=rows, through_cache=bool(through_cache))
+        self.scorer = Scorer(
+            self.model.decoder, batch_size=rows, through_cache=bool(through_cache),
+            cache_dtype=cache_dtype,
+        )  # fmt: skip
         self._rows = rows or 8
         self.counts = Counts()
 
@@ -344,6 +349,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int | None = None,
     through_cache: bool = False,
+    cache_dtype: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores a model on tasks.
 
@@ -354,12 +360,15 @@ def evaluate(
         limit: items of each task, the first; None: all.
         batch_size: as in `Scorer`.
         through_cache: as in `Scorer`.
+        cache_dtype: as in `Scorer`.
 
     Returns:
         The record that `cla_jax.reporting` reads (`evaluation.json`), and the harness's own
         results, both as JSON values.
     """
-    adapter = HarnessModel(model, batch_size=batch_size, through_cache=through_cache)
+    adapter = HarnessModel(
+        model, batch_size=batch_size, through_cache=through_cache, cache_dtype=cache_dtype
+    )
     adapter.check(tasks)
     run: Any = simple_evaluate  # its decorator hides its arguments
     # What it prints on the way is no part of what we print.

@@ -70,6 +70,7 @@ def evaluation_record(
         "context": scorer.context,
         "compute_dtype": model.decoder.execution.compute_dtype,
         "through_cache": through_cache,
+        "cache_dtype": scorer.cache_dtype,
         "limit": limit,
         "tasks": results,
         "requests": {

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cla_jax.inference import KVCache, extend, prefill
+from cla_jax.inference.cache import check_dtype
 from cla_jax.models import Decoder
 
 __all__ = ["Request", "Score", "Scorer", "length_buckets", "rolling_windows", "token_scores"]
@@ -62,14 +63,17 @@ class Scorer:
             many tokens. By default passes are of 8,192 tokens.
         through_cache: token by token through a KV cache, as text is generated, rather than by
             prefill. Slow; the scores are the same to rounding.
+        cache_dtype: of the cache, whose K/V prefill reads too; by default the decoder's compute
+            dtype.
 
     Attributes:
         context: tokens read at most.
+        cache_dtype: of the cache.
         compile_seconds: spent on compiling so far.
         shapes: `(batch, length)` that were compiled.
 
     Raises:
-        ValueError: a context or batch size out of range.
+        ValueError: a context or batch size out of range, an unknown dtype.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Scorer:
         context: int | None = None,
         batch_size: int | None = None,
         through_cache: bool = False,
+        cache_dtype: str | None = None,
     ) -> None:
         longest = decoder.config.sequence_length
         self.context = longest if context is None else context
@@ -88,6 +93,8 @@ class Scorer:
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.cache_dtype = decoder.execution.compute_dtype if cache_dtype is None else cache_dtype
+        check_dtype(self.cache_dtype)
         self.decoder, self._through_cache = decoder.unstacked(), through_cache
         self._tokens = BATCH_TOKENS if batch_size is None else batch_size * self.context
         self._compiled: dict[tuple[int, int], Callable[..., Any]] = {}
@@ -195,8 +202,9 @@ class Scorer:
             if tokens.shape not in self._compiled:
                 started = time.perf_counter()
                 program = token_scores.lower(
-                    self.decoder, tokens, targets, through_cache=self._through_cache
-                )
+                    self.decoder, tokens, targets, self.cache_dtype,
+                    through_cache=self._through_cache,
+                )  # fmt: skip
                 self._compiled[tokens.shape] = program.compile()
                 self.compile_seconds += time.perf_counter() - started
             return self._compiled[tokens.shape](self.decoder, tokens, targets)
@@ -219,11 +227,12 @@ class _Piece:
     scored: int
 
 
-@functools.partial(jax.jit, static_argnames="through_cache")
+@functools.partial(jax.jit, static_argnames=("cache_dtype", "through_cache"))
 def token_scores(
     decoder: Decoder,
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
+    cache_dtype: str,
     *,
     through_cache: bool = False,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
@@ -233,14 +242,14 @@ def token_scores(
         decoder: with its parameters.
         tokens: rows from position 0 on; padding on the right changes nothing before it.
         targets: of each position.
+        cache_dtype: of the cache.
         through_cache: one token at a time through the cache, instead of prefill.
 
     Returns:
         Log-likelihoods, float32, and whether the target is the likeliest token.
     """
     batch, length = tokens.shape
-    dtype = decoder.execution.compute_dtype
-    cache = KVCache.create(decoder.config, batch, length, dtype)
+    cache = KVCache.create(decoder.config, batch, length, cache_dtype)
     if not through_cache:
         return _of_targets(prefill(decoder, tokens, cache, all_logits=True)[0], targets)
 

@@ -3,24 +3,28 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cla_kernels import EIGHT_BIT
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from cla_jax._choices import check_choice
-from cla_jax.configs import ModelConfig
+from cla_jax.configs import CacheDtype, ModelConfig
+from cla_jax.inference.quantization import StoredKV
 from cla_jax.models import KV
 from cla_jax.models.sharding import constrain, shards
 from cla_jax.sharing import KVSharing
 
-# Logical axes: of a stack `[G', B, S, K, H]`, and of queries that attend to it.
+# Logical axes: of a stack `[G', B, S, K, H]`, of its scales `[G', B, K, S]`, and of queries that
+# attend to it.
 CACHE_AXES = (None, "cache_batch", None, "cache_heads", None)
+SCALE_AXES = (None, "cache_batch", "cache_heads", None)
 QUERY_AXES = ("cache_batch", None, "cache_heads", None)
-CACHE_DTYPES = ("bfloat16", "float16", "float32")
+CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 
 
 def check_dtype(dtype: str) -> None:
@@ -67,12 +71,16 @@ def _check_split(batch: int, kv_heads: int) -> None:
             )
 
 
+def _laid_out(stack: jax.Array) -> jax.Array:
+    return constrain(stack, *(CACHE_AXES if stack.ndim == len(CACHE_AXES) else SCALE_AXES))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """What a batch of sequences has left for its next tokens: K/V of every owner, and lengths.
 
-    A reader owns no bytes. An explicit pytree: it is passed in and out, and donated
+    A reader owns no bytes, nor scales. An explicit pytree: it is passed in and out, and donated
     (`donate_argnums`), so that it is updated in place.
 
     The layers' entries lie in *stacks* of shape `[G', B, S, K, H]`. By default every KV layer is a
@@ -84,12 +92,17 @@ class KVCache:
         k: stacks of rotated keys, `[G', B, S, K, H]` each.
         v: stacks of values, alike.
         lengths: int32 `[B]`, how many tokens of each row are cached.
+        k_scale: of an 8-bit cache, for each stack float32 `[G', B, K, S]`: a token's key in a KV
+            head is `k` times its scale. Empty for other caches.
+        v_scale: likewise of the values.
     """
 
     # Arrays; JAX also rebuilds the cache with shapes and other things as leaves.
     k: tuple[Any, ...]
     v: tuple[Any, ...]
     lengths: Any
+    k_scale: tuple[Any, ...] = ()
+    v_scale: tuple[Any, ...] = ()
 
     @classmethod
     def create(
@@ -103,9 +116,9 @@ class KVCache:
     ) -> "KVCache":
         """An empty cache of `batch` rows of up to `length` tokens.
 
-        Its K/V take `batch * length * config.sharing.kv_bytes_per_token(K, H, itemsize)` bytes. On
-        a mesh they are split over all of its devices, by KV heads or by rows (call it jitted there,
-        or a device holds the whole of each stack at first).
+        Its K/V take `batch * length * config.sharing.kv_bytes_per_token(K, H, itemsize)` bytes, of
+        8 bits with `scale_bytes=4`. On a mesh they are split over all of its devices, by KV heads
+        or by rows (call it jitted there, or a device holds the whole of each stack at first).
 
         Raises:
             ValueError: a size that is not positive, an unknown dtype, rows or KV heads that the
@@ -136,7 +149,7 @@ class KVCache:
             length: tokens that a row has room for.
             kv_heads: `K` of every layer.
             head_dim: `H`.
-            dtype: bfloat16, float16 or float32.
+            dtype: bfloat16, float16 or float32; int8 or float8_e4m3fn, with scales.
             stacked: one stack of all KV layers, rather than one of each.
 
         Examples:
@@ -158,15 +171,21 @@ class KVCache:
         _check_split(batch, kv_heads)
         in_stack = sharing.kv_layers if stacked else 1
         shape = (in_stack, batch, length, kv_heads, head_dim)
+
         # Distinct arrays throughout: a donated buffer can be given away only once.
-        k, v = (
-            tuple(
-                constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
-                for _ in range(sharing.kv_layers // in_stack)
+        def stacks(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
+            return tuple(
+                _laid_out(jnp.zeros(shape, dtype)) for _ in range(sharing.kv_layers // in_stack)
             )
-            for _ in range(2)
-        )
-        return cls(k, v, jnp.zeros((batch,), jnp.int32))
+
+        lengths = jnp.zeros((batch,), jnp.int32)
+        if dtype not in EIGHT_BIT:
+            return cls(stacks(shape, dtype), stacks(shape, dtype), lengths)
+        of_scales = (in_stack, batch, kv_heads, length)
+        return cls(
+            stacks(shape, dtype), stacks(shape, dtype), lengths,
+            stacks(of_scales, jnp.float32), stacks(of_scales, jnp.float32),
+        )  # fmt: skip
 
     @property
     def batch(self) -> int:
@@ -190,8 +209,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in (*self.k, *self.v))
+        """Bytes of all keys and values, scales included."""
+        held = (*self.k, *self.v, *self.k_scale, *self.v_scale)
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in held)
 
     def check(self, config: ModelConfig) -> None:
         """Whether this is a cache of that model.
@@ -222,65 +242,94 @@ class KVCache:
         """
         return (0, slot) if len(self.k) == 1 else (int(slot), 0)
 
+    def entry(self, slot: int | Int[Array, ""]) -> tuple[StoredKV, int | Int[Array, ""]]:
+        """The stack in which a KV layer lies, and where in it: what attention reads in place."""
+        at, layer = self.stack(slot)
+        scales = (stacks[at] if stacks else None for stacks in (self.k_scale, self.v_scale))
+        return StoredKV(self.k[at], self.v[at], *scales), layer
+
+    def stored(self, kv: KV) -> StoredKV:
+        """K/V `[b, T, K, H]` of new tokens as this cache holds them: rounded or quantised.
+
+        Whoever attends to them before they are read from the cache reads these.
+        """
+        return StoredKV.of(kv, self.dtype.name)
+
     def write(
-        self, slot: int | Int[Array, ""], kv: KV, first_row: int | Int[Array, ""] = 0
+        self, slot: int | Int[Array, ""], new: StoredKV, first_row: int | Int[Array, ""] = 0
     ) -> "KVCache":
-        """Put K/V `[b, T, K, H]` of `b` rows behind what those rows have; lengths stay.
+        """Put K/V of `T` tokens behind what `b` rows have; lengths stay.
 
         Tokens for which a row has no room are dropped.
 
         Args:
             slot: of the owner.
-            kv: of consecutive rows, rounded to the cache's dtype here.
+            new: `stored` K/V of consecutive rows.
             first_row: the first of those rows.
         """
-        rows = first_row + jnp.arange(kv.k.shape[0], dtype=jnp.int32)
-        positions = self.lengths[rows][:, None] + jnp.arange(kv.k.shape[1], dtype=jnp.int32)[None]
+        _, b, T, K, _ = new.k.shape
+        rows = first_row + jnp.arange(b, dtype=jnp.int32)
+        positions = self.lengths[rows][:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        heads = jnp.arange(K, dtype=jnp.int32)
 
-        def put(stack: Any, layer: Any, new: Any) -> Any:
-            # A scatter by rows: rows are of different lengths, and it copies nothing.
-            at = stack.at[layer, rows[:, None], positions]
-            return at.set(new, mode="drop", unique_indices=True)
+        def put(stack: Any, layer: Any, part: Any) -> Any:
+            # A scatter by rows: rows are of different lengths, and it copies nothing. In scales the
+            # heads lie between rows and positions, so that each head is scattered too: all axes up
+            # to the last that is indexed, in their order, are what a scatter need not turn.
+            at = (rows[:, None], positions)
+            if stack.ndim == 4:
+                at = (rows[:, None, None], heads[None, :, None], positions[:, None])
+            return stack.at[layer, *at].set(part[0], mode="drop", unique_indices=True)
 
-        return self._with(slot, kv, put)
+        return self._with(slot, new, put)
 
     def begin(
-        self, slot: int | Int[Array, ""], kv: KV, first_row: int | Int[Array, ""] = 0
+        self, slot: int | Int[Array, ""], new: StoredKV, first_row: int | Int[Array, ""] = 0
     ) -> "KVCache":
-        """Put K/V `[b, T, K, H]` at the beginning of `b` rows; lengths stay.
+        """Put K/V of `T` tokens at the beginning of `b` rows; lengths stay.
 
         Args:
             slot: of the owner.
-            kv: of consecutive rows, rounded to the cache's dtype here; `T` is at most `S`.
+            new: `stored` K/V of consecutive rows; `T` is at most `S`.
             first_row: the first of those rows.
         """
 
-        def put(stack: Any, layer: Any, new: Any) -> Any:
-            return jax.lax.dynamic_update_slice(stack, new[None], (layer, first_row, 0, 0, 0))
+        def put(stack: Any, layer: Any, part: Any) -> Any:
+            start = (layer, first_row, *(0,) * (stack.ndim - 2))
+            return jax.lax.dynamic_update_slice(stack, part, start)
 
-        return self._with(slot, kv, put)
+        return self._with(slot, new, put)
 
     def _with(
-        self, slot: int | Int[Array, ""], kv: KV, put: Callable[[Any, Any, Any], Any]
+        self, slot: int | Int[Array, ""], new: StoredKV, put: Callable[[Any, Any, Any], Any]
     ) -> "KVCache":
-        """With one KV layer's K/V written: `put(stack, layer, new)` returns the stack."""
+        """With one KV layer's K/V written: `put(stack, layer, part)` returns the stack."""
         at, layer = self.stack(slot)
 
-        def replaced(stacks: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
-            written = constrain(put(stacks[at], layer, new.astype(self.dtype)), *CACHE_AXES)
-            return (*stacks[:at], written, *stacks[at + 1 :])
+        def replaced(stacks: tuple[Any, ...], part: Any) -> tuple[Any, ...]:
+            if not stacks:
+                return ()
+            return (*stacks[:at], _laid_out(put(stacks[at], layer, part)), *stacks[at + 1 :])
 
-        return KVCache(replaced(self.k, kv.k), replaced(self.v, kv.v), self.lengths)
+        return KVCache(
+            replaced(self.k, new.k),
+            replaced(self.v, new.v),
+            self.lengths,
+            replaced(self.k_scale, new.k_scale),
+            replaced(self.v_scale, new.v_scale),
+        )
 
-    def rows(self, slot: int | Int[Array, ""], first_row: int | Int[Array, ""], count: int) -> KV:
-        """K/V `[count, S, K, H]` of some rows of one KV layer: a copy."""
-        at, layer = self.stack(slot)
+    def rows(
+        self, slot: int | Int[Array, ""], first_row: int | Int[Array, ""], count: int
+    ) -> StoredKV:
+        """Of some rows of one KV layer, a stack of its own: a copy."""
+        stored, layer = self.entry(slot)
 
         def take(stack: Any) -> Any:
-            size = (1, count, *stack.shape[2:])
-            return jax.lax.dynamic_slice(stack, (layer, first_row, 0, 0, 0), size)[0]
+            start = (layer, first_row, *(0,) * (stack.ndim - 2))
+            return jax.lax.dynamic_slice(stack, start, (1, count, *stack.shape[2:]))
 
-        return KV(take(self.k[at]), take(self.v[at]))
+        return jax.tree.map(take, stored)
 
     def grown(self, widths: Int[Array, "b"], first_row: int | Int[Array, ""] = 0) -> "KVCache":
         """With the lengths of some rows grown, up to what there is room for."""

@@ -16,7 +16,8 @@ import numpy as np
 from cla_kernels import decode_attention
 from jaxtyping import Array, Float, Int
 
-from cla_jax.inference.cache import CACHE_AXES, QUERY_AXES, KVCache, check_widths
+from cla_jax.inference.cache import CACHE_AXES, QUERY_AXES, SCALE_AXES, KVCache, check_widths
+from cla_jax.inference.quantization import StoredKV
 from cla_jax.models import KV, attend_behind, scan_layers, unstack_layer
 from cla_jax.models.sharding import on_shards
 from cla_jax.models.stack import LayerFn, Layers, check_kept, check_layers
@@ -29,8 +30,7 @@ DECODE_QUERIES = 8
 
 def attend_cached(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "G B S K H"],
-    v: Float[Array, "G B S K H"],
+    stored: StoredKV,
     seen: Int[Array, "B"],
     layer: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T N H"]:
@@ -39,19 +39,26 @@ def attend_cached(
     On a mesh every device attends to the K/V that it holds: where a cache is split by rows, queries
     and outputs change from heads to rows and back (all-to-all), K/V stay.
     """
-    axes = (QUERY_AXES, CACHE_AXES, CACHE_AXES, QUERY_AXES[:1])
+    of_scales = None if stored.k_scale is None else SCALE_AXES
+    axes = (QUERY_AXES, CACHE_AXES, CACHE_AXES, of_scales, of_scales, QUERY_AXES[:1])
     if isinstance(layer, jax.Array):
-        return on_shards(_attend_cached, (*axes, ()), QUERY_AXES)(q, k, v, seen, layer)
+        return on_shards(_attend_cached, (*axes, ()), QUERY_AXES)(q, *stored, seen, layer)
     read = functools.partial(_attend_cached, layer=layer)
-    return on_shards(read, axes, QUERY_AXES)(q, k, v, seen)
+    return on_shards(read, axes, QUERY_AXES)(q, *stored, seen)
 
 
 def _attend_cached(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, layer: int | jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    seen: jax.Array,
+    layer: int | jax.Array,
 ) -> jax.Array:
     if q.shape[1] <= DECODE_QUERIES:
-        return decode_attention(q, k, v, seen, layer=layer)
-    kv = KV(k[layer].astype(q.dtype), v[layer].astype(q.dtype))
+        return decode_attention(q, k, v, seen, k_scale=k_scale, v_scale=v_scale, layer=layer)
+    kv = StoredKV(k, v, k_scale, v_scale).layer(layer, q.dtype.name)
     return attend_behind(q, kv, seen - jnp.int32(q.shape[1]))
 
 
@@ -75,7 +82,7 @@ class CacheEntry:
         return self.cache.lengths
 
     def append(self, kv: KV, /) -> "CacheEntry":
-        """With the K/V `[B, T, K, H]` of new tokens, rounded to the cache's dtype.
+        """With the K/V `[B, T, K, H]` of new tokens, rounded to the cache's dtype, or quantised.
 
         Raises:
             ValueError: K/V of other rows, heads or head dim than the cache's; a second time.
@@ -91,7 +98,8 @@ class CacheEntry:
             )
         if not 0 < tokens <= length:
             raise ValueError(f"{tokens} tokens a row for a cache with room for {length}")
-        return dataclasses.replace(self, cache=self.cache.write(self.slot, kv), appended=tokens)
+        cache = self.cache.write(self.slot, self.cache.stored(kv))
+        return dataclasses.replace(self, cache=cache, appended=tokens)
 
     def attend(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         """Causal attention of the new tokens' queries over all that the entry holds.
@@ -104,9 +112,8 @@ class CacheEntry:
                 f"{q.shape[1]} queries a row attend to an entry to which {self.appended} were "
                 "appended: an owner returns KV(k, v).behind(kv), and attends to that"
             )
-        stack, layer = self.cache.stack(self.slot)
-        seen = self.lengths + jnp.int32(self.appended)
-        return attend_cached(q, self.cache.k[stack], self.cache.v[stack], seen, layer)
+        stored, layer = self.cache.entry(self.slot)
+        return attend_cached(q, stored, self.lengths + jnp.int32(self.appended), layer)
 
 
 @overload

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from cla_jax.inference.cache import KVCache, check_widths
 from cla_jax.inference.entries import DECODE_QUERIES, attend_cached
-from cla_jax.models import KV, Decoder, attend
+from cla_jax.inference.quantization import StoredKV
+from cla_jax.models import Decoder, attend
 from cla_jax.models.rotary import Rotary, rotary
 from cla_jax.models.sharding import constrain, shards
 
@@ -126,42 +127,37 @@ def _forward(
     seen = starts + jnp.int32(length)  # keys that the last query of each row sees
     # Padding may hold any id; one outside the vocabulary would be NaN, and 0 * NaN is NaN.
     x = decoder.embed(jnp.where(steps[None, :] < widths[:, None], tokens, 0))
-    fresh: dict[int, KV] = {}
+    fresh: dict[int, StoredKV] = {}
 
     for index, slot in enumerate(sharing.cache_slots):
         layer = decoder.layer(index)
         h = layer.attention_norm(x)
         if sharing.owns(index):
-            kv = layer.keys_values(x, h, angles)
             # What is read now is what will be read from the cache later.
-            kv = KV(kv.k.astype(cache.dtype), kv.v.astype(cache.dtype))
+            fresh[slot] = cache.stored(layer.keys_values(x, h, angles))
             write = cache.begin if begins else cache.write
-            cache = write(slot, kv, first_row)
-            fresh[slot] = kv
+            cache = write(slot, fresh[slot], first_row)
         if index == sharing.owner_layers[-1] and not all_logits and length > 1:
             last = jnp.maximum(widths - 1, 0)[:, None]
             x, h = (jnp.take_along_axis(a, last[:, :, None], axis=1) for a in (x, h))
             angles = Rotary(*(jnp.take_along_axis(a, last[:, :, None], axis=1) for a in angles))
             seen = starts + widths
         if begins:
-            k, v, at = fresh[slot].k[None], fresh[slot].v[None], 0
+            stored, at = fresh[slot], 0
         elif rows == cache.batch:
-            stack, at = cache.stack(slot)
-            k, v = cache.k[stack], cache.v[stack]
+            stored, at = cache.entry(slot)
         else:
-            taken = cache.rows(slot, first_row, rows)
-            k, v, at = taken.k[None], taken.v[None], 0
+            stored, at = cache.rows(slot, first_row, rows), 0
 
         def read(
             q: Float[Array, "b T N H"],
-            k: jax.Array = k,
-            v: jax.Array = v,
+            stored: StoredKV = stored,
             at: Row = at,
             seen: jax.Array = seen,
         ) -> Float[Array, "b T N H"]:
             if begins and q.shape[1] > DECODE_QUERIES:
-                return attend(q, KV(k[0].astype(q.dtype), v[0].astype(q.dtype)))
-            return attend_cached(q, k, v, seen, at)
+                return attend(q, stored.layer(0, q.dtype.name))
+            return attend_cached(q, stored, seen, at)
 
         with jax.named_scope(f"layer_{index}"):
             x = layer.read(x, h, read, angles)

@@ -35,8 +35,8 @@ class GenerateConfig:
         sampling: how a token is chosen.
         stop_tokens: ids that end their row; they are not returned.
         stop_strings: texts that end their row; the text ends before them.
-        cache_dtype: of the K/V cache: `bfloat16`, `float16`, `float32`; None is the decoder's
-            compute dtype.
+        cache_dtype: of the K/V cache: `bfloat16`, `float16`, `float32`, `int8` or
+            `float8_e4m3fn`; None is the decoder's compute dtype.
         prefill_tokens: tokens, padding included, that one prefill call takes: a larger one
             prefills faster and needs more memory. On a mesh that splits the rows, so many for each
             part of them.
@@ -410,7 +410,7 @@ def _memory_advice(config: ModelConfig, batch: int, length: int) -> Iterator[Non
             raise
         raise ValueError(
             f"{config.name}: the device's memory did not suffice for batch {batch} at context "
-            f"{length}. What helps: a smaller batch, a shorter context, a cache dtype of 16 bits, "
-            "fewer prefill_tokens, or a model that shares K/V over more layers (`cla-jax plan` "
-            f"says what fits). {str(error).splitlines()[0][:200]}"
+            f"{length}. What helps: a smaller batch, a shorter context, a cache dtype of fewer "
+            "bits, fewer prefill_tokens, or a model that shares K/V over more layers (`cla-jax "
+            f"plan` says what fits). {str(error).splitlines()[0][:200]}"
         ) from None

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cla_kernels import CUDNN_MOST_ROWS
+from cla_kernels import CUDNN_MOST_ROWS, EIGHT_BIT
 
 from cla_jax._choices import check_choice
 from cla_jax.configs import ModelConfig
@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_CACHE_BYTES = {**_DTYPE_BYTES, **dict.fromkeys(EIGHT_BIT, 1)}
+_SCALE_BYTES = 4
 _FUSED_HEAD_DIM, _FUSED_MULTIPLE = 256, 8  # as in cla_jax.models.attention_path, on Hopper
 _LIBRARY_BYTES = 64 * 2**20
 
@@ -53,7 +55,8 @@ class MemorySettings:
     """What memory depends on beside model, batch and context.
 
     Attributes:
-        cache_dtype: of the K/V cache: `bfloat16`, `float16` or `float32`.
+        cache_dtype: of the K/V cache: `bfloat16`, `float16` or `float32`; `int8` or
+            `float8_e4m3fn`, with a float32 scale for each token's keys and values in a KV head.
         compute_dtype: that weights (norms stay float32) and activations are held in.
         prefill_tokens: tokens that one prefill call takes, over all rows.
         sampling: tokens are drawn; greedy decoding needs fewer copies of the logits.
@@ -68,14 +71,19 @@ class MemorySettings:
     sampling: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("cache_dtype", "compute_dtype"):
-            check_choice(field, getattr(self, field), _DTYPE_BYTES)
+        check_choice("cache_dtype", self.cache_dtype, _CACHE_BYTES)
+        check_choice("compute_dtype", self.compute_dtype, _DTYPE_BYTES)
         _check_positive(prefill_tokens=self.prefill_tokens)
 
     @property
     def cache_element(self) -> int:
         """Bytes of one element of the cache."""
-        return _DTYPE_BYTES[self.cache_dtype]
+        return _CACHE_BYTES[self.cache_dtype]
+
+    @property
+    def cache_scale(self) -> int:
+        """Bytes of the scale that a token's key or value has in each KV head."""
+        return _SCALE_BYTES if self.cache_dtype in EIGHT_BIT else 0
 
     @property
     def compute_element(self) -> int:
@@ -122,7 +130,10 @@ def weight_bytes(config: ModelConfig, settings: MemorySettings = _DEFAULT) -> in
 def cache_bytes(
     config: ModelConfig, batch: int, context: int, settings: MemorySettings = _DEFAULT
 ) -> int:
-    """Bytes of a cache's K and V, `2 * G * B * S * K * H` elements: readers own none."""
+    """Bytes of a cache's K and V, `2 * G * B * S * K * H` elements, and of their scales.
+
+    Readers own none.
+    """
     _check_positive(batch=batch, context=context)
     return batch * context * _kv_bytes_per_token(config, settings)
 
@@ -140,8 +151,9 @@ def workspace_bytes(
     N, K, H = config.query_heads, config.kv_heads, config.head_dim
     D, F, V = config.d_model, config.ffn_dim, config.vocab_size
     compute, cache = settings.compute_element, settings.cache_element
-    fused = compute == cache == 2 and H <= _FUSED_HEAD_DIM
-    fused_decode = fused and H % _FUSED_MULTIPLE == 0 and batch <= CUDNN_MOST_ROWS
+    # A prefill call reads K/V in the compute dtype; a decode step, as they lie in the cache.
+    fused = compute == 2 >= cache and H <= _FUSED_HEAD_DIM
+    fused_decode = fused and cache == 2 and H % _FUSED_MULTIPLE == 0 and batch <= CUDNN_MOST_ROWS
     # A call takes a column of every row at least, and no more than there is.
     prefilled = min(batch * context, max(settings.prefill_tokens, batch))
 
@@ -217,7 +229,9 @@ def step_reads(
     if not config.tied_embeddings:
         weights -= config.vocab_size * config.d_model * settings.compute_element
     weights += batch * config.d_model * settings.compute_element
-    per_key = 2 * config.kv_heads * config.head_dim * settings.cache_element
+    per_key = (
+        2 * config.kv_heads * (config.head_dim * settings.cache_element + settings.cache_scale)
+    )
     return StepReads(weights, config.num_layers * batch * context * per_key)
 
 
@@ -326,6 +340,8 @@ def check_fits(
     knobs = ["a smaller batch", "a shorter context"]
     if settings.cache_element > 2:
         knobs.append("cache dtype bfloat16 (half the cache)")
+    elif settings.cache_element == 2:
+        knobs.append("cache dtype int8 (about half the cache, less exact)")
     if plan.workspace > workspace_bytes(config, batch, length, dataclasses.replace(
         settings, prefill_tokens=1
     )):  # fmt: skip
@@ -354,7 +370,7 @@ def weights_do_not_fit(plan: MemoryPlan) -> str:
 
 def _kv_bytes_per_token(config: ModelConfig, settings: MemorySettings) -> int:
     return config.sharing.kv_bytes_per_token(
-        config.kv_heads, config.head_dim, settings.cache_element
+        config.kv_heads, config.head_dim, settings.cache_element, settings.cache_scale
     )
 
 

@@ -81,7 +81,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def on_shards(
-    f: Callable[..., jax.Array], in_axes: tuple[Axes, ...], out_axes: Axes
+    f: Callable[..., jax.Array], in_axes: tuple[Axes | None, ...], out_axes: Axes
 ) -> Callable[..., jax.Array]:
     """`f` on every device's own shards (`jax.shard_map`); without a mesh, `f` itself.
 
@@ -89,7 +89,7 @@ def on_shards(
 
     Args:
         f: of arrays, to one array.
-        in_axes: the logical axes of its arguments.
+        in_axes: the logical axes of its arguments; None for an argument that is None.
         out_axes: of its result.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -98,7 +98,7 @@ def on_shards(
     # Kernels do not say over which axes their results vary.
     return jax.shard_map(
         f,
-        in_specs=tuple(partition_spec(axes) for axes in in_axes),
+        in_specs=tuple(None if axes is None else partition_spec(axes) for axes in in_axes),
         out_specs=partition_spec(out_axes),
         check_vma=False,
     )

@@ -160,7 +160,7 @@ def cache_memory(
 
 def _entries(cache: KVCache, kv_layers: int) -> np.ndarray:
     """Keys and values of every entry, `[G, B, S, 2 K H]`."""
-    layers = [cache.rows(slot, 0, cache.batch) for slot in range(kv_layers)]
+    layers = [cache.rows(slot, 0, cache.batch).layer(0, "float32") for slot in range(kv_layers)]
     flat = [
         np.concatenate(
             [np.asarray(a, np.float32).reshape(*a.shape[:2], -1) for a in (kv.k, kv.v)], axis=-1

@@ -7,6 +7,7 @@ batch, `S` cache length, `T` query length, `G` stacked KV layers, `N` query head
 
 from cla_kernels._cudnn import MOST_ROWS as CUDNN_MOST_ROWS
 from cla_kernels.decode_attention import (
+    EIGHT_BIT,
     IMPLEMENTATIONS,
     Implementation,
     choose_implementation,
@@ -15,6 +16,7 @@ from cla_kernels.decode_attention import (
 
 __all__ = [
     "CUDNN_MOST_ROWS",
+    "EIGHT_BIT",
     "IMPLEMENTATIONS",
     "Implementation",
     "choose_implementation",

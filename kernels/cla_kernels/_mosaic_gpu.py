@@ -316,6 +316,8 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     lengths: jax.Array,
     layer: int | jax.Array,
     scale: float,

@@ -8,14 +8,15 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     lengths: jax.Array,
     layer: int | jax.Array,
     scale: float,
 ) -> jax.Array:
     """See `cla_kernels.decode_attention`."""
     (B, T, N, _), S, K = q.shape, k.shape[2], k.shape[3]
-    k = jax.lax.dynamic_index_in_dim(k, layer, 0, keepdims=False).astype(jnp.float32)
-    v = jax.lax.dynamic_index_in_dim(v, layer, 0, keepdims=False).astype(jnp.float32)
+    k, v = (_dequantised(*cached, layer) for cached in ((k, k_scale), (v, v_scale)))
     rows: list[jax.Array] = []
     for b in range(B):
         positions = lengths[b].astype(jnp.int32) - T + jnp.arange(T, dtype=jnp.int32)
@@ -30,3 +31,12 @@ def decode_attention(
             heads.append((weights @ values) / jnp.where(total > 0, total, 1.0))
         rows.append(jnp.stack(heads, axis=1))
     return jnp.stack(rows).astype(q.dtype)
+
+
+def _dequantised(values: jax.Array, scale: jax.Array | None, layer: int | jax.Array) -> jax.Array:
+    """One layer `[B, S, K, H]` in float32."""
+    values = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False).astype(jnp.float32)
+    if scale is None:
+        return values
+    of_layer = jax.lax.dynamic_index_in_dim(scale, layer, 0, keepdims=False)
+    return values * of_layer.swapaxes(1, 2)[..., None]

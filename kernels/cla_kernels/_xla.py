@@ -5,6 +5,9 @@ more than the product. So the queries are spread out instead: each is laid into 
 columns of an otherwise empty `K * H`, and one product a row, with no axis of heads, meets the whole
 cache. That is `K` times the arithmetic, where decoding has arithmetic to spare. (Measured with the
 cache batched instead: docs/results.md.)
+
+An 8-bit cache meets the products as it is, in the queries' dtype: all its values are exact in 16
+bits. The scales are put on the scores and the softmax weights, which are float32 and have no `H`.
 """
 
 import jax
@@ -15,6 +18,8 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     lengths: jax.Array,
     layer: int | jax.Array,
     scale: float,
@@ -23,22 +28,42 @@ def decode_attention(
     (B, T, N, H), S, K = q.shape, k.shape[2], k.shape[3]
     k = jax.lax.dynamic_index_in_dim(k, layer, 0, keepdims=False).reshape(B, S, K * H)
     v = jax.lax.dynamic_index_in_dim(v, layer, 0, keepdims=False).reshape(B, S, K * H)
-    with jax.numpy_dtype_promotion("standard"):  # a narrower cache is read in the queries' dtype
-        compute = jnp.promote_types(q.dtype, k.dtype)
+    if k_scale is not None:
+        compute = q.dtype
+    else:
+        with jax.numpy_dtype_promotion("standard"):  # a narrower cache: in the queries' dtype
+            compute = jnp.promote_types(q.dtype, k.dtype)
     k, v = k.astype(compute), v.astype(compute)
 
     own_head = jnp.eye(K, dtype=bool)[None, None, :, None, :, None]  # [1, 1, K, 1, K, 1]
     spread = jnp.where(own_head, q.reshape(B, T, K, N // K, 1, H), jnp.zeros((), q.dtype))
     spread = spread.reshape(B, T * N, K * H).astype(compute)
     scores = scale * jnp.einsum("BMX,BSX->BMS", spread, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, T, N, S)
+    if k_scale is not None:
+        scores = scores * _of_query_heads(k_scale, layer, N)
     positions = lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None, :]
     visible = jnp.arange(S, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
-    scores = jnp.where(visible[:, :, None, :], scores.reshape(B, T, N, S), -jnp.inf)
+    scores = jnp.where(visible[:, :, None, :], scores, -jnp.inf)
     # A row that sees nothing: its maximum is -inf, and -inf less -inf is no number.
     largest = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - largest)
-    total = weights.sum(-1)
+    total, top = weights.sum(-1), None
+    if v_scale is not None:
+        weights = weights * _of_query_heads(v_scale, layer, N)
+        # Up to 1 again, lest those of small values become zero as float16.
+        top = weights.max(-1)
+        top = jnp.where(top > 0, top, 1.0)[..., None]
+        weights = weights / top
     weights = weights.astype(compute).reshape(B, T * N, S)
     out = jnp.einsum("BMS,BSX->BMX", weights, v, preferred_element_type=jnp.float32)
     out = jnp.where(own_head, out.reshape(B, T, K, N // K, K, H), 0.0).sum(4).reshape(B, T, N, H)
+    if top is not None:
+        out = out * top
     return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+
+
+def _of_query_heads(scale: jax.Array, layer: int | jax.Array, heads: int) -> jax.Array:
+    """A layer's scales `[B, 1, N, S]`: a query head's are those of the KV head that it reads."""
+    scale = jax.lax.dynamic_index_in_dim(scale, layer, 0, keepdims=False)
+    return jnp.repeat(scale, heads // scale.shape[1], axis=1)[:, None]

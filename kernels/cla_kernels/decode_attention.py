@@ -9,10 +9,18 @@ import jax.numpy as jnp
 
 from cla_kernels import _cudnn, _mosaic_gpu, _reference, _xla
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "choose_implementation", "decode_attention"]
+__all__ = [
+    "EIGHT_BIT",
+    "IMPLEMENTATIONS",
+    "Implementation",
+    "choose_implementation",
+    "decode_attention",
+]
 
 Implementation = Literal["reference", "xla", "cudnn", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+
+EIGHT_BIT = ("int8", "float8_e4m3fn")  # of a cache with scales
 
 _FUNCTIONS = {
     "reference": _reference.decode_attention,
@@ -30,6 +38,8 @@ def decode_attention(
     v: jax.Array,
     lengths: jax.Array,
     *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     layer: int | jax.Array = 0,
     scale: float | None = None,
     implementation: Implementation | None = None,
@@ -41,17 +51,20 @@ def decode_attention(
     end). A length may exceed `S`, where the last queries are padding; a query that sees no key
     gives zeros. Keys are already rotated. Query head `n` reads KV head `n // (N // K)`.
 
-    What lies in a row's cache behind its length is not seen, but must be finite; a key that is not
-    finite may spoil the row's other heads.
+    What lies in a row's cache behind its length is not seen, but must be finite, scales included; a
+    key that is not finite may spoil the row's other heads.
 
     Works under `jax.jit`, `jax.vmap` and in a scan over layers.
 
     Args:
         q: queries `[B, T, N, H]`, floating.
         k: cached keys `[G, B, S, K, H]`, floating; may be narrower than `q`, as a bfloat16 cache
-            under float32 queries.
+            under float32 queries. Or int8 or float8_e4m3fn, with scales.
         v: cached values, like `k`.
         lengths: int32 `[B]`.
+        k_scale: of an 8-bit cache, float32 `[G, B, K, S]`: a token's key in a KV head is `k` times
+            its scale.
+        v_scale: likewise of the values.
         layer: which of the `G` layers; a Python int or a traced int32 scalar.
         scale: of the scores; default `H ** -0.5`.
         implementation: one of `IMPLEMENTATIONS`; default `choose_implementation`'s.
@@ -66,12 +79,14 @@ def decode_attention(
         (2, 1, 16, 64)
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, a `layer` outside the stack, an
-            unknown implementation, or one that cannot take these inputs (says why).
+        ValueError: shapes or dtypes that do not go together, an 8-bit cache without scales or
+            another with them, a `layer` outside the stack, an unknown implementation, or one that
+            cannot take these inputs (says why).
     """
     if not isinstance(layer, jax.Array):
         layer = _index(layer)
     _check(q, k, v, lengths, layer)
+    _check_scales(k, k_scale, v_scale)
     if implementation is None:
         implementation, _ = choose_implementation(q, k)
     elif implementation not in IMPLEMENTATIONS:
@@ -86,7 +101,7 @@ def decode_attention(
     scale_ = q.shape[-1] ** -0.5 if scale is None else scale
     layer = layer if isinstance(layer, int) else layer.astype(jnp.int32)
     with jax.named_scope(f"decode_attention_{implementation}"):
-        return _FUNCTIONS[implementation](q, k, v, lengths, layer, scale_)
+        return _FUNCTIONS[implementation](q, k, v, k_scale, v_scale, lengths, layer, scale_)
 
 
 def choose_implementation(
@@ -135,12 +150,40 @@ def _check(
         raise ValueError(f"{N} query heads are no multiple of {K} KV heads")
     if T < 1:
         raise ValueError("T is 0: expected at least one query a row")
-    for name, array in (("q", q), ("k", k)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} is {array.dtype}: expected a floating dtype")
+    if not _is_float(q.dtype):
+        raise ValueError(f"q is {q.dtype}: expected a floating dtype of 16 bits or more")
+    if not _is_float(k.dtype) and k.dtype.name not in EIGHT_BIT:
+        raise ValueError(
+            f"k is {k.dtype}: expected a floating dtype of 16 bits or more, or one of "
+            f"{', '.join(EIGHT_BIT)} with scales"
+        )
     if lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths are {lengths.dtype} {lengths.shape}: expected an integer for each of {B} rows"
         )
     if isinstance(layer, int) and not 0 <= layer < G:
         raise ValueError(f"layer {layer}: the cache has {G}, expected 0 to {G - 1}")
+
+
+def _is_float(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+
+
+def _check_scales(k: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    G, B, S, K, _ = k.shape
+    for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k.dtype.name not in EIGHT_BIT:
+            if given is not None:
+                raise ValueError(
+                    f"{name} is given, but k is {k.dtype}: only {' and '.join(EIGHT_BIT)} caches "
+                    "have scales"
+                )
+        elif given is None:
+            raise ValueError(
+                f"k is {k.dtype}, but {name} is missing: expected float32 {(G, B, K, S)}"
+            )
+        elif given.shape != (G, B, K, S) or given.dtype != jnp.float32:
+            raise ValueError(
+                f"{name} is {given.dtype} {given.shape}: expected float32 [G, B, K, S], "
+                f"{(G, B, K, S)} for k {k.shape}"
+            )

@@ -114,6 +114,11 @@ def test_perplexity(run, loaded, tmp_path):
     assert out.startswith("test, context 40, stride 20\ntoken  perplexity ")
     assert "(96)" in out
     assert "bits per byte" in out
+    code, out, _ = run(
+        "perplexity", "runs/mine", "--text", "a.txt", "--through-cache", "--cache-dtype", "int8"
+    )
+    assert code == 0
+    assert out.startswith("test, context 40, stride 40, int8 cache\ntoken  perplexity ")
     for arguments, message in (
         (["--text", "b.txt"], "--text: there is no file b.txt"),
         (["--text", "empty.txt"], "nothing but empty files"),

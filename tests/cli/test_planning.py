@@ -49,6 +49,12 @@ def test_defaults_are_one_sequence_as_long_as_in_training(plan):
         assert part in out, part
 
 
+def test_8_bit_caches_are_planned_with_their_scales(plan):
+    out = plan("--model", "tiny/MQA", "--memory", "200MB", "--cache-dtype", "int8")
+    assert "tiny/MQA, batch 1, context 256, int8 cache, in 200.0 MB" in out
+    assert "KV per token 432 B 6 of 6 layers own K/V" in out
+
+
 def test_says_when_the_batch_does_not_fit(plan):
     out = plan("--model", "1B/H128-MHA", "--memory", "3GB", "--context", "8192")
     assert "does not fit: " in out

@@ -31,6 +31,26 @@ def test_stride_one_gives_every_token_all_the_context_there_is(model):
     assert perplexity(scorer, model.tokenizer, TEXTS).log_likelihood != found.log_likelihood
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_through_an_8_bit_cache_or_by_prefill(model, dtype):
+    by_prefill, by_tokens = (
+        perplexity(
+            Scorer(model.decoder, batch_size=4, through_cache=through, cache_dtype=dtype),
+            model.tokenizer, TEXTS,
+        ).log_likelihood
+        for through in (False, True)
+    )  # fmt: skip
+    exact = perplexity(Scorer(model.decoder, batch_size=4), model.tokenizer, TEXTS).log_likelihood
+    assert by_prefill == pytest.approx(by_tokens, rel=1e-5)
+    assert 1e-5 < abs(by_prefill / exact - 1) < 0.1
+
+
+def test_an_unknown_cache_dtype_is_refused(model):
+    with pytest.raises(ValueError, match=r"cache_dtype='int9': .* nearest is 'int8'"):
+        Scorer(model.decoder, cache_dtype="int9")
+
+
 def test_counts_and_kinds(model):
     found = perplexity(Scorer(model.decoder), model.tokenizer, TEXTS)
     assert (found.tokens, found.bytes) == (52, 52)

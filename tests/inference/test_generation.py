@@ -75,6 +75,15 @@ def test_how_it_is_cut_changes_nothing(decoder, naive, changes):
     assert [row.tokens for row in generate(decoder, PROMPTS, config)] == expected
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_nor_does_it_with_an_8_bit_cache(decoder, naive, dtype):
+    config = dataclasses.replace(EXACT, cache_dtype=dtype)
+    together = [row.tokens for row in generate(decoder, PROMPTS, config)]
+    assert together != naive  # large parameters: the rounding shows
+    cut = dataclasses.replace(config, prefill_tokens=8, block=5)
+    assert [row.tokens for row in generate(decoder, PROMPTS, cut)] == together
+
+
 def test_a_bfloat16_cache_begins_alike(decoder, naive):
     found = generate(decoder, PROMPTS, GenerateConfig(NEW))
     same = [

@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import pytest
+from cla_kernels import EIGHT_BIT
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ TIED = dataclasses.replace(TOY, tied_embeddings=True)
 models = st.sampled_from([TOY, *map(model, model_names())])
 settings = st.builds(
     MemorySettings,
-    cache_dtype=st.sampled_from(["bfloat16", "float32"]),
+    cache_dtype=st.sampled_from(["bfloat16", "float32", "int8"]),
     compute_dtype=st.sampled_from(["bfloat16", "float32"]),
     prefill_tokens=st.integers(1, 20_000),
     sampling=st.booleans(),
@@ -53,7 +54,7 @@ def test_weights_are_those_of_an_unstacked_decoder(config, dtype):
     assert planning.weight_bytes(config, MemorySettings(compute_dtype=dtype)) == counted
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", *EIGHT_BIT])
 @pytest.mark.parametrize("name", model_names())
 def test_cache_bytes_are_those_of_a_built_cache(name, dtype):
     """Abstract shapes: nothing is allocated."""
@@ -61,13 +62,15 @@ def test_cache_bytes_are_those_of_a_built_cache(name, dtype):
 
     def stacks():
         cache = KVCache.create(config, batch, context, dtype)
-        return cache.k, cache.v
+        return cache.k, cache.v, cache.k_scale, cache.v_scale
 
     leaves = jax.tree.leaves(jax.eval_shape(stacks))
     counted = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     planned = planning.cache_bytes(config, batch, context, MemorySettings(cache_dtype=dtype))
     assert planned == counted
-    assert planned == config.kv_bytes_per_token * batch * context * (2 if dtype == "float32" else 1)
+    if dtype not in EIGHT_BIT:
+        of_16_bits = config.kv_bytes_per_token * batch * context
+        assert planned == of_16_bits * (2 if dtype == "float32" else 1)
 
 
 @given(models, settings, sizes, sizes)
@@ -133,6 +136,17 @@ def test_the_largest_batch_equals_counting_up(settings, context, spare):
     assert planning.largest_batch(TOY, context, memory, settings) == counted
 
 
+def test_eight_bits_buy_batch():
+    wide, narrow = (
+        MemoryPlan(model("1B/H128-MQA-CLA2"), 1, 8192, 141 * GB, MemorySettings(dtype))
+        for dtype in ("bfloat16", "int8")
+    )
+    assert narrow.kv_bytes_per_token == 20 * (128 + 4)
+    # Less than the cache alone would give: XLA's decoding converts a layer's K/V at a time.
+    assert 1.5 < narrow.largest_batch / wide.largest_batch < 2 * 128 / (128 + 4)
+    assert narrow.reads(64).kv == 40 * (128 + 4) * 64 * 8192
+
+
 def test_sharing_buys_batch():
     none, cla2 = (
         MemoryPlan(model(f"1B/H128-MQA{p}"), 1, 8192, 141 * GB).largest_batch for p in ("", "-CLA2")
@@ -179,6 +193,8 @@ def test_the_check_names_the_knobs():
         ValueError, match=r"0 sequences fit into 2.00 GB: the weights alone .* 2.10"
     ):
         planning.check_fits(config, 1, 1, memory_bytes=2 * GB)
+    with pytest.raises(ValueError, match=r"smaller batch, .*, cache dtype int8 .about half"):
+        planning.check_fits(config, 4096, 8192, memory_bytes=memory)
     with pytest.raises(ValueError, match="length=0"):
         planning.check_fits(config, 1, 0, memory_bytes=None)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cla_kernels import IMPLEMENTATIONS, choose_implementation, decode_attention
+from cla_kernels import EIGHT_BIT, IMPLEMENTATIONS, choose_implementation, decode_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,12 +51,20 @@ DTYPES = {
     ("float32", "bfloat16"): 3e-6,
     ("bfloat16", "bfloat16"): 8e-3,
     ("float16", "float16"): 1e-3,
+    # Against the dequantised K/V, to which attention adds no error of its own: the same limits.
+    ("float32", "int8"): 3e-6,
+    ("float32", "float8_e4m3fn"): 3e-6,
+    ("bfloat16", "int8"): 8e-3,
+    ("bfloat16", "float8_e4m3fn"): 8e-3,
+    ("float16", "int8"): 1e-3,
 }
 
 
-def softmax_attention(q, k, v, lengths, layer, scale=None):
+def softmax_attention(q, k, v, lengths, layer, scale=None, *, k_scale=None, v_scale=None):
     """Float64; loops over rows, queries and heads. A query that sees nothing gives zeros."""
     q, k, v = (np.asarray(jnp.asarray(a, jnp.float32), np.float64) for a in (q, k, v))
+    if k_scale is not None and v_scale is not None:
+        k, v = (np.einsum("gbskh,gbks->gbskh", a, s) for a, s in ((k, k_scale), (v, v_scale)))
     (B, T, N, H), S, K = q.shape, k.shape[2], k.shape[3]
     scale = 1 / np.sqrt(H) if scale is None else scale
     out = np.zeros(q.shape)
@@ -81,7 +89,18 @@ def inputs(shape: Shape, q_dtype="float32", cache_dtype="float32", seed=0):
     cache = (shape.G, shape.B, shape.S, shape.K, shape.H)
     q = random.normal(size=(shape.B, shape.T, shape.N, shape.H))
     k, v = random.normal(size=(2, *cache))
+    if cache_dtype in EIGHT_BIT:
+        k, v = (np.clip(np.round(a * 60), -127, 127) for a in (k, v))
     return jnp.asarray(q, q_dtype), jnp.asarray(k, cache_dtype), jnp.asarray(v, cache_dtype)
+
+
+def scales(shape: Shape, cache_dtype, of_values=1.0, seed=1) -> dict[str, jax.Array]:
+    """Of an 8-bit cache, each token's and head's its own; none of another."""
+    if cache_dtype not in EIGHT_BIT:
+        return {}
+    random = np.random.default_rng(seed).lognormal(size=(2, shape.G, shape.B, shape.K, shape.S))
+    k_scale, v_scale = jnp.asarray(random / 120, jnp.float32)
+    return {"k_scale": k_scale, "v_scale": of_values * v_scale}
 
 
 def error(found, expected) -> float:
@@ -94,11 +113,11 @@ def error(found, expected) -> float:
 @functools.cache
 def jitted(implementation):
     @functools.partial(jax.jit, static_argnames=("layer", "scale"))
-    def run(q, k, v, lengths, layer=0, scale=None):
+    def run(q, k, v, lengths, layer=0, scale=None, **scales):
         # A GPU would otherwise multiply float32 in TF32.
         with jax.default_matmul_precision("highest"):
             return decode_attention(
-                q, k, v, lengths, layer=layer, scale=scale, implementation=implementation
+                q, k, v, lengths, layer=layer, scale=scale, implementation=implementation, **scales
             )
 
     return run
@@ -127,15 +146,16 @@ def takes(implementation: str, shape: Shape, q_dtype: str, cache_dtype: str) -> 
 @pytest.mark.parametrize("implementation", IMPLEMENTATION_PARAMS)
 def test_is_softmax_attention(implementation, shape, q_dtype, cache_dtype):
     q, k, v = inputs(shape, q_dtype, cache_dtype)
+    of_cache = scales(shape, cache_dtype)
     lengths, layer = ragged(shape), shape.G - 1
     if not takes(implementation, shape, q_dtype, cache_dtype):
         message = r"cannot run on (cuDNN|Mosaic GPU) here: .*(head dim|type|mask|multiple)"
         with pytest.raises(ValueError, match=message):
-            jitted(implementation)(q, k, v, lengths, layer=layer)
+            jitted(implementation)(q, k, v, lengths, layer=layer, **of_cache)
         return
-    found = jitted(implementation)(q, k, v, lengths, layer=layer)
+    found = jitted(implementation)(q, k, v, lengths, layer=layer, **of_cache)
     assert found.dtype == q.dtype
-    expected = softmax_attention(q, k, v, lengths, layer)
+    expected = softmax_attention(q, k, v, lengths, layer, **of_cache)
     assert error(found, expected) < DTYPES[q_dtype, cache_dtype]
     # Not small: none at all.
     blind = lengths[:, None] - shape.T + np.arange(shape.T)[None] < 0
@@ -156,14 +176,28 @@ def calls(draw):
 
 @pytest.mark.parity
 @settings(max_examples=8)
-@given(calls(), st.sampled_from([None, 0.3]))
-def test_any_shape_and_lengths(call, scale):
+@given(calls(), st.sampled_from([None, 0.3]), st.sampled_from(["float32", *EIGHT_BIT]))
+def test_any_shape_and_lengths(call, scale, dtype):
     shape, lengths, layer = call
-    q, k, v = inputs(shape, seed=shape.S)
-    expected = softmax_attention(q, k, v, lengths, layer, scale)
+    q, k, v = inputs(shape, "float32", dtype, seed=shape.S)
+    of_cache = scales(shape, dtype)
+    expected = softmax_attention(q, k, v, lengths, layer, scale, **of_cache)
     for implementation in ("reference", "xla"):
-        found = jitted(implementation)(q, k, v, lengths, layer=layer, scale=scale)
-        assert error(found, expected) < DTYPES["float32", "float32"]
+        found = jitted(implementation)(q, k, v, lengths, layer=layer, scale=scale, **of_cache)
+        assert error(found, expected) < DTYPES["float32", dtype]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("q_dtype", "of_values"), [("float16", 1e-3), ("float32", 1e-30)])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_small_values_are_not_lost(implementation, q_dtype, of_values):
+    """A softmax weight times the scale of a small value leaves float16's range."""
+    shape = SHAPES[8]
+    q, k, v = inputs(shape, q_dtype, "int8")
+    of_cache, lengths = scales(shape, "int8", of_values), ragged(shape)
+    found = jitted(implementation)(q, k, v, lengths, **of_cache).astype(jnp.float32) / of_values
+    expected = softmax_attention(q, k, v, lengths, 0, **of_cache) / of_values
+    assert error(found, expected) < 2 * DTYPES[q_dtype, "int8"]
 
 
 TRANSFORMED = Shape(B=3, T=1, N=4, K=2, H=8, S=8, G=3)
@@ -187,7 +221,7 @@ TRANSFORMS = {
         [
             jax.vmap(
                 lambda q, k, v, n, layer=layer: run(
-                    q[None], k[:, None], v[:, None], n[None], layer
+                    q[None], *jax.tree.map(lambda a: a[:, None], (k, v)), n[None], layer
                 )[0],
                 in_axes=(0, 1, 1, 0),
             )(q, k, v, lengths)
@@ -199,42 +233,64 @@ TRANSFORMS = {
 
 @pytest.mark.parity
 @pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("eight_bit", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATION_PARAMS)
-def test_under_transformations(implementation, transform):
+def test_under_transformations(implementation, eight_bit, transform):
     on_gpu = implementation in ("cudnn", "mosaic_gpu")
+    if eight_bit and on_gpu:
+        pytest.skip(f"not for {implementation}")
     dtype = "bfloat16" if on_gpu else "float32"
-    q, k, v = inputs(
-        dataclasses.replace(TRANSFORMED, H=64) if on_gpu else TRANSFORMED, dtype, dtype
-    )
+    cache_dtype = "int8" if eight_bit else dtype
+    shape = dataclasses.replace(TRANSFORMED, H=64) if on_gpu else TRANSFORMED
+    q, k, v = inputs(shape, dtype, cache_dtype)
+    of_cache = scales(shape, cache_dtype)
     lengths = jnp.asarray([8, 0, 3], jnp.int32)
 
     def run(q, k, v, lengths, layer):
+        (k, k_scale), (v, v_scale) = k, v
         with jax.default_matmul_precision("highest"):
-            return decode_attention(q, k, v, lengths, layer=layer, implementation=implementation)
+            return decode_attention(
+                q, k, v, lengths, k_scale=k_scale, v_scale=v_scale, layer=layer,
+                implementation=implementation,
+            )  # fmt: skip
 
-    found = TRANSFORMS[transform](run, q, k, v, lengths)
-    expected = np.stack([softmax_attention(q, k, v, lengths, layer) for layer in range(3)])
-    assert error(found, expected) < DTYPES[dtype, dtype]
+    cached = ((k, of_cache.get("k_scale")), (v, of_cache.get("v_scale")))
+    found = TRANSFORMS[transform](run, q, *cached, lengths)
+    expected = np.stack(
+        [softmax_attention(q, k, v, lengths, layer, **of_cache) for layer in range(3)]
+    )
+    assert error(found, expected) < DTYPES[dtype, cache_dtype]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("q_dtype", "dtype"), [("float32", "float32"), ("float16", "float16"), ("float32", "int8")]
+)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[6]], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATION_PARAMS)
-def test_what_lies_behind_the_lengths_or_in_other_layers_is_not_read(implementation, shape, dtype):
-    if not takes(implementation, shape, dtype, dtype):
+def test_what_lies_behind_the_lengths_or_in_other_layers_is_not_read(
+    implementation, shape, q_dtype, dtype
+):
+    if not takes(implementation, shape, q_dtype, dtype):
         pytest.skip(f"not for {implementation}")
-    q, k, v = inputs(shape, dtype, dtype)
+    q, k, v = inputs(shape, q_dtype, dtype)
+    of_cache = scales(shape, dtype)
     lengths, layer = ragged(shape), 0
     behind = np.arange(shape.S)[None] >= lengths[:, None]
     unseen = np.broadcast_to(behind, (shape.G, shape.B, shape.S)).copy()
     unseen[layer + 1 :] = True
+    largest = 127 if of_cache else 3e4
     dirty_k, dirty_v = (
         jnp.where(unseen[..., None, None], jnp.asarray(garbage, dtype), clean)
-        for garbage, clean in ((3e4, k), (-3e4, v))
+        for garbage, clean in ((largest, k), (-largest, v))
     )
+    dirty_scales = {
+        name: jnp.where(unseen[:, :, None], jnp.float32(1e30), scale)
+        for name, scale in of_cache.items()
+    }
     run = jitted(implementation)
     np.testing.assert_array_equal(
-        run(q, k, v, lengths, layer=layer), run(q, dirty_k, dirty_v, lengths, layer=layer)
+        run(q, k, v, lengths, layer=layer, **of_cache),
+        run(q, dirty_k, dirty_v, lengths, layer=layer, **dirty_scales),
     )
 
 
@@ -290,6 +346,8 @@ def zeros(*shape, dtype="float32"):
     return jnp.zeros(shape, dtype)
 
 
+INT8 = {name: zeros(3, 3, 8, 2, 8, dtype="int8") for name in ("k", "v")}
+SCALE = zeros(3, 3, 2, 8)
 REFUSED = {
     "q of three axes": ({"q": zeros(3, 4, 8)}, r"q is \(3, 4, 8\).*expected q \[B, T, N, H\]"),
     "a cache of one layer": ({"k": zeros(3, 8, 2, 8)}, r"expected .* k \[G, B, S, K, H\]"),
@@ -301,8 +359,24 @@ REFUSED = {
     "no query": ({"q": zeros(3, 0, 4, 8)}, "T is 0: expected at least one query"),
     "integer q": ({"q": zeros(3, 1, 4, 8, dtype="int32")}, "q is int32: expected a floating dtype"),
     "integer cache": (
-        {"k": zeros(3, 3, 8, 2, 8, dtype="int8"), "v": zeros(3, 3, 8, 2, 8, dtype="int8")},
-        "k is int8: expected a floating dtype",
+        {"k": zeros(3, 3, 8, 2, 8, dtype="int16"), "v": zeros(3, 3, 8, 2, 8, dtype="int16")},
+        "k is int16: expected a floating dtype .* or one of int8, float8_e4m3fn with scales",
+    ),
+    "8-bit q": ({"q": zeros(3, 1, 4, 8, dtype="int8")}, "q is int8: expected a floating dtype"),
+    "float8 q": ({"q": zeros(3, 1, 4, 8, dtype="float8_e4m3fn")}, "q is float8.*of 16 bits"),
+    "no scales": (INT8, r"k is int8, but k_scale is missing: expected float32 \(3, 3, 2, 8\)"),
+    "one scale": ({**INT8, "k_scale": SCALE}, "k is int8, but v_scale is missing"),
+    "scales of a float cache": (
+        {"k_scale": SCALE},
+        "k_scale is given, but k is float32",
+    ),
+    "scales along the heads": (
+        {**INT8, "k_scale": SCALE, "v_scale": zeros(3, 3, 8, 2)},
+        r"v_scale is float32 \(3, 3, 8, 2\): expected float32 \[G, B, K, S\], \(3, 3, 2, 8\)",
+    ),
+    "16-bit scales": (
+        {**INT8, "k_scale": SCALE.astype("bfloat16"), "v_scale": SCALE},
+        "k_scale is bfloat16 .*: expected float32",
     ),
     "lengths of other rows": ({"lengths": zeros(2, dtype="int32")}, r"int32 \(2,\).* of 3 rows"),
     "float lengths": ({"lengths": zeros(3)}, "lengths are float32 .*expected an integer"),

@@ -48,7 +48,7 @@ def test_interpreted_it_is_softmax_attention_without_races(name: str):
     k, v = (jnp.where(behind[None, :, :, None, None], jnp.nan, a).astype(a.dtype) for a in (k, v))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = mosaic.decode_attention(
-            q, k, v, jnp.array(lengths, jnp.int32), layer, shape.H**-0.5, tuning
+            q, k, v, None, None, jnp.array(lengths, jnp.int32), layer, shape.H**-0.5, tuning
         )
     found = np.asarray(found.astype(jnp.float32), np.float64)
     assert np.linalg.norm(found - expected) <= 3e-3 * np.linalg.norm(expected)
@@ -64,7 +64,7 @@ def test_every_configuration_lowers_for_cuda(head_dim: int, dtype: str, queries:
     lengths = jax.ShapeDtypeStruct((shape.B,), jnp.int32)
 
     def call(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-        return mosaic.decode_attention(q, k, v, lengths, 1, 0.1)
+        return mosaic.decode_attention(q, k, v, None, None, lengths, 1, 0.1)
 
     traced = jax.jit(call).trace(q, k, v, lengths)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

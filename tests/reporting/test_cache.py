@@ -31,11 +31,11 @@ def test_new_old_and_padding(stacked):
     ones = jnp.ones((2, 3, 1, 4))
     begun = empty
     for slot in range(2):
-        begun = begun.begin(slot, KV(ones, ones))
+        begun = begun.begin(slot, begun.stored(KV(ones, ones)))
     begun = begun.grown(jnp.array([3, 2]))  # row 1's third token is padding
     step = begun
     for slot in range(2):
-        step = step.write(slot, KV(2 * ones[:, :1], 2 * ones[:, :1]))
+        step = step.write(slot, step.stored(KV(2 * ones[:, :1], 2 * ones[:, :1])))
     step = step.grown(jnp.array([1, 1]))
 
     figure = cache_contents([empty, begun, step], ["prefill", "decode"], CONFIG.sharing)

@@ -1,0 +1,273 @@
+"""Times on the device by the slope between two amounts of work; the JAX side of the benchmark.
+
+What is timed is one compiled program a call: an outer loop of `n` (given when it is called) around
+an inner loop of fixed length, in which `decode_attention` runs over each layer's cache in turn, its
+output being the next query. Nothing else is in the loop. Two values of `n` differ by work alone:
+dispatch and the first call cancel.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cla_kernels import choose_implementation, decode_attention
+from decode_shapes import BITS8, Shape, layers_of
+from jax import lax
+
+JAX_NN_XLA = "jax_nn_xla"  # jax.nn's own path without cuDNN; "cudnn" is jax.nn's with it
+DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
+Cache = tuple[jax.Array, ...]  # one layer's k, v [1, B, S, K, H], 8-bit: and scales [1, B, K, S]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long and how often.
+
+    Attributes:
+        inner: seconds of work in the inner loop, if the device reads `rate` bytes a second.
+        window: seconds by which the two amounts of work differ, about.
+        repeats: slopes, of which the median is taken.
+        rotation: bytes of K/V that are read before any is read again: three times an L2 of 60 MB.
+        most_layers: of them, at most: each is a call in the program.
+        most_bytes: of all layers' caches together.
+        rate: bytes a second, to guess by.
+        fewest: seconds of a call, to guess by.
+    """
+
+    inner: float = 5e-3
+    window: float = 15e-3
+    repeats: int = 7
+    rotation: int = 180_000_000
+    most_layers: int = 96
+    most_bytes: int = 40_000_000_000
+    rate: float = 4e12
+    fewest: float = 6e-6
+
+    def layers(self, shape: Shape) -> int:
+        """Layers whose caches are read in turn."""
+        return layers_of(shape, self.rotation, self.most_layers, self.most_bytes)
+
+    def rotations(self, shape: Shape) -> int:
+        """Of the inner loop: how often it goes through all layers."""
+        call = max(shape.kv_bytes / self.rate, self.fewest)
+        return max(1, round(self.inner / (call * self.layers(shape))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Seconds of a call: the median slope, and the range of all slopes over it."""
+
+    seconds: float
+    spread: float
+
+
+def slope(run: Callable[[int], None], calls: int, timing: Timing) -> Measured:
+    """Seconds of one of the `calls` that `run(n)` makes `n` times and waits for."""
+
+    def timed(n: int) -> float:
+        began = time.perf_counter()
+        run(n)
+        return time.perf_counter() - began
+
+    timed(1)
+    once = min(timed(1), timed(1))
+    more = 1 + max(1, min(64, math.ceil(timing.window / once)))
+    repeats = max(3, min(timing.repeats, int(0.6 / (once * (1 + more)))))
+    for _ in range(4):
+        slopes = [(timed(more) - timed(1)) / ((more - 1) * calls) for _ in range(repeats)]
+        middle = statistics.median(slopes)
+        if middle > 0:
+            return Measured(middle, (max(slopes) - min(slopes)) / middle)
+        more *= 4
+    raise RuntimeError("the clock is too coarse or the machine too busy: no time can be told")
+
+
+def read_bandwidth(size: int, timing: Timing) -> dict[str, float]:
+    """Bytes a second at which this device reads an array of `size` bytes, by several reductions."""
+    forms: dict[str, tuple[Any, Callable[[jax.Array], jax.Array]]] = {
+        "float32 sum of bfloat16": (jnp.bfloat16, lambda x: x.astype(jnp.float32).sum()),
+        "float32 row sums of bfloat16": (
+            jnp.bfloat16,
+            lambda x: x.reshape(-1, 8192).astype(jnp.float32).sum(1),
+        ),
+        "max of bfloat16": (jnp.bfloat16, lambda x: x.max()),
+        "sum of float32": (jnp.float32, lambda x: x.sum()),
+        "sum of int32": (jnp.int32, lambda x: x.sum(dtype=jnp.int32)),
+    }
+    found: dict[str, float] = {}
+    for name, (dtype, reduce) in forms.items():
+        length = size // jnp.dtype(dtype).itemsize
+        x = jax.jit(lambda length=length, dtype=dtype: (jnp.arange(length) % 251).astype(dtype))()
+        call = jax.jit(reduce)
+
+        def run(n: int, call: Any = call, x: jax.Array = x) -> None:
+            # Enqueued one after the other: the device does not wait for the host.
+            jax.block_until_ready([call(x) for _ in range(8 * n)])
+
+        try:
+            found[name] = x.nbytes / slope(run, 8, timing).seconds
+        except jax.errors.JaxRuntimeError as error:
+            print(f"read bandwidth, {name}: {reason(error)}", flush=True)
+        del x
+    return found
+
+
+def reason(error: BaseException) -> str:
+    """An error as one short line: a ValueError's text is meant for readers, others get a name."""
+    text = " ".join(str(error).split())[:240] or "no message"
+    if isinstance(error, TypeError) and "k_scale" in text:
+        return "8-bit caches are not supported"
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+def attend(implementation: str, q: jax.Array, cache: Cache, lengths: jax.Array) -> jax.Array:
+    """One call, `[B, 1, N, H]`."""
+    k, v, *scales = cache
+    if implementation == JAX_NN_XLA:
+        if scales:
+            raise ValueError("jax.nn takes no 8-bit cache")
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q, k[0], v[0], key_value_seq_lengths=lengths, implementation="xla"
+            )
+    given = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    call: Any = decode_attention  # the scales are given to 8-bit caches alone
+    return call(q, k, v, lengths, implementation=implementation, **given)
+
+
+def timed_program(implementation: str, rotations: int) -> Callable[..., Any]:
+    """`(q, caches, lengths, n) -> (output of one call, output of the last)`.
+
+    Layers' caches are arrays of their own, as models hold them, so that no implementation slices
+    (and copies) a stack. The barrier keeps XLA from hoisting out of the loop what it does to a
+    cache (a cast, a new layout), which a decode step would do anew. Work on the lengths alone may
+    be hoisted: it is shared by all layers of a step.
+    """
+    # Jitted, so that the layers trace and lower it once.
+    call = jax.jit(lambda q, cache, lengths: attend(implementation, q, cache, lengths))
+
+    def program(q: jax.Array, caches: Sequence[Cache], lengths: jax.Array, n: jax.Array) -> Any:
+        def rotation(_: Any, q: jax.Array) -> jax.Array:
+            for cache in caches:
+                q, cache = lax.optimization_barrier((q, cache))
+                q = call(q, cache, lengths)
+            return q
+
+        first = call(q, caches[0], lengths)
+        inner = lambda _, q: lax.fori_loop(0, rotations, rotation, q)  # noqa: E731
+        return first, lax.fori_loop(jnp.int32(0), n, inner, first)
+
+    return program
+
+
+def make_inputs(shape: Shape) -> Callable[[jax.Array], tuple[jax.Array, Cache]]:
+    """`seed -> (q, one layer's cache)`, random; a row at a time, which takes little memory."""
+    dtype, size = DTYPES[shape.dtype], (shape.capacity, shape.K, shape.H)
+
+    def values(key: jax.Array) -> jax.Array:
+        x = jax.random.normal(key, size, jnp.float32)
+        if shape.dtype == "int8":
+            return jnp.clip(jnp.round(40.0 * x), -127, 127).astype(dtype)
+        return x.astype(dtype)
+
+    def scales(key: jax.Array) -> jax.Array:
+        rows = jax.random.uniform(key, (1, shape.B, shape.K, shape.capacity), jnp.float32, 0.5, 1.5)
+        return rows / 40.0 if shape.dtype == "int8" else rows
+
+    def make(seed: jax.Array) -> tuple[jax.Array, Cache]:
+        q_key, *keys = jax.random.split(jax.random.key(seed), 5)
+        q = jax.random.normal(q_key, (shape.B, 1, shape.N, shape.H), jnp.float32)
+        k, v = (lax.map(values, jax.random.split(key, shape.B))[None] for key in keys[:2])
+        if shape.dtype not in BITS8:
+            return q.astype(jnp.bfloat16), (k, v)
+        return q.astype(jnp.bfloat16), (k, v, scales(keys[2]), scales(keys[3]))
+
+    return make
+
+
+def exact(q: jax.Array, cache: Cache, lengths: jax.Array) -> jax.Array:
+    """Float32 softmax attention, a row at a time and without matrix units, `[B, N, H]`."""
+    k, v, *scales = cache
+    kv_heads, size = k.shape[3], k.shape[2]
+
+    def row(inputs: tuple[jax.Array, ...]) -> jax.Array:
+        q, length, k, v, *scales = inputs
+        _, N, H = q.shape
+        q = q.astype(jnp.float32).reshape(kv_heads, N // kv_heads, 1, H)
+        k, v = (x.astype(jnp.float32).swapaxes(0, 1) for x in (k, v))  # [K, S, H]
+        if scales:
+            k, v = k * scales[0][:, :, None], v * scales[1][:, :, None]
+        scores = (q * k[:, None]).sum(-1) * H**-0.5  # [K, N // K, S]
+        seen = jnp.arange(size, dtype=jnp.int32)[None, None, :] < length
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        return (weights[..., None] * v[:, None]).sum(2).reshape(N, H)
+
+    return lax.map(row, (q, lengths, k[0], v[0], *(scale[0] for scale in scales)))
+
+
+def structs(shape: Shape) -> tuple[jax.ShapeDtypeStruct, tuple[jax.ShapeDtypeStruct, ...]]:
+    """Shapes and dtypes of the queries and of one layer's cache."""
+    kv = jax.ShapeDtypeStruct((1, shape.B, shape.capacity, shape.K, shape.H), DTYPES[shape.dtype])
+    scale = jax.ShapeDtypeStruct((1, shape.B, shape.K, shape.capacity), jnp.float32)
+    q = jax.ShapeDtypeStruct((shape.B, 1, shape.N, shape.H), jnp.bfloat16)
+    return q, (kv, kv, scale, scale) if shape.dtype in BITS8 else (kv, kv)
+
+
+def default_of(shape: Shape) -> str:
+    """What `decode_attention` chooses for this shape on this device."""
+    q, cache = structs(shape)
+    return choose_implementation(q, cache[0])[0]
+
+
+def compile_inputs(shape: Shape) -> Any:
+    """The compiled `make_inputs`."""
+    return jax.jit(make_inputs(shape)).lower(jax.ShapeDtypeStruct((), jnp.int32)).compile()
+
+
+def compile_exact(shape: Shape) -> Any:
+    """The compiled `exact`."""
+    q, cache = structs(shape)
+    lengths = jax.ShapeDtypeStruct((shape.B,), jnp.int32)
+    return jax.jit(exact).lower(q, cache, lengths).compile()
+
+
+def compile_timed(shape: Shape, implementation: str, timing: Timing) -> Any:
+    """The compiled `timed_program`.
+
+    Raises:
+        ValueError: the implementation cannot take the shape, and why.
+    """
+    q, cache = structs(shape)
+    integers = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((shape.B,), ()))
+    program = timed_program(implementation, timing.rotations(shape))
+    return jax.jit(program).lower(q, (cache,) * timing.layers(shape), *integers).compile()
+
+
+def measure(
+    compiled: Any, q: jax.Array, caches: Sequence[Cache], lengths: jax.Array, shape: Shape,
+    timing: Timing,
+) -> tuple[np.ndarray, Callable[[], Measured]]:  # fmt: skip
+    """The output of one call, `[B, N, H]` float32, and what times it."""
+    caches = tuple(caches)
+
+    def run(n: int) -> None:
+        jax.block_until_ready(compiled(q, caches, lengths, np.int32(n)))
+
+    first, _ = compiled(q, caches, lengths, np.int32(0))
+    out = np.asarray(first).astype(np.float32)[:, 0]
+    calls = timing.rotations(shape) * len(caches)
+    return out, lambda: slope(run, calls, timing)
+
+
+def temporaries(compiled: Any) -> int:
+    """Bytes of scratch memory of a compiled program; 0 where it is not known."""
+    try:
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+    except Exception:  # not every backend tells
+        return 0

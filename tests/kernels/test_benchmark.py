@@ -1,0 +1,151 @@
+"""The decode benchmark on a processor: what it selects, measures, refuses and writes."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a file of the benchmark as the script does, by its bare name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the script sets it otherwise
+    return importlib.import_module
+
+
+def test_sets_hold_one_another_and_stay_in_bounds(module):
+    shapes = module("decode_shapes")
+    goals, standard, full = (shapes.SETS[name]() for name in ("goals", "standard", "full"))
+    assert set(goals) < set(standard) < set(full)
+    assert 90 <= len(standard) <= 110
+    assert len({shape.name for shape in full}) == len(full)
+    for shape in full:
+        assert 1e6 <= shape.kv_bytes <= 2.2e9, shape
+        assert sum(shape.lengths) == shape.B * shape.S
+        assert max(shape.lengths) <= shape.capacity
+        assert 2 * shape.cache_bytes <= 40e9
+        if shape.skewed:
+            short, long = sorted(shape.lengths)[0], sorted(shape.lengths)[-1]
+            assert long / short == pytest.approx(64, rel=0.001)
+    mqa = shapes.Shape(64, 8192, 16, 1, 128)
+    assert mqa.kv_bytes == 64 * 8192 * 128 * 2 * 2
+    assert shapes.Shape(64, 8192, 16, 1, 128, "int8").kv_bytes == 64 * 8192 * 2 * (128 + 4)
+    assert shapes.layers_of(mqa, 180_000_000, 96, 40_000_000_000) == 2
+    assert shapes.layers_of(mqa, 180_000_000, 96, mqa.cache_bytes) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--smoke"], "--out is missing"),
+        (["--only", "B65-*"], "'B65-*' matches none"),
+        (["--implementations", "cudn"], "the nearest is 'cudnn'"),
+        (["--from", "no/such.csv"], "no/such.csv: no such file"),
+    ],
+)
+def test_says_what_is_wrong_before_any_work(module, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        module("decode_attention").main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_measures_catches_what_fails_and_goes_on(module, tmp_path, monkeypatch, capsys):
+    main, timing = module("decode_attention").main, module("decode_timing")
+    right = timing.decode_attention
+
+    def some_fail(q, k, v, lengths, *, implementation, **scales):
+        if implementation == "cudnn":
+            raise NotImplementedError("not today")
+        out = right(q, k, v, lengths, implementation="xla", **scales)
+        return out * 1.1 if implementation == "mosaic_gpu" else out
+
+    monkeypatch.setattr(timing, "decode_attention", some_fail)
+    arguments = ["--smoke", "--out", str(tmp_path), "--only", "B3-S96-*", "--implementations"]
+    assert main([*arguments, "xla", "cudnn", "mosaic_gpu"]) == 0
+    report = module("decode_report")
+    rows = {row.implementation: row for row in report.read(tmp_path / "results.csv")}
+    assert rows["cudnn"].note == "NotImplementedError: not today"
+    assert rows["cudnn"].microseconds is None
+    assert rows["mosaic_gpu"].note.startswith("wrong (error ")
+    assert rows["mosaic_gpu"].microseconds is None
+    xla = rows["xla"]
+    assert xla.error < 3e-3
+    assert xla.default == "xla"
+    assert xla.microseconds * 1e-6 * xla.tb_per_second * 1e12 == pytest.approx(
+        xla.shape.kv_bytes, rel=0.01
+    )
+    for name in ("results.md", "bandwidth.png", "bandwidth.svg"):
+        assert (tmp_path / name).exists() == (name == "results.md")  # skewed rows are not drawn
+
+    capsys.readouterr()
+    # Another run died there; this one has time for nothing.
+    (tmp_path / "running").write_text(f"{xla.shape.name} flashinfer\n")
+    assert main([*arguments, "xla", "reference", "--deadline", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "1 rows to measure, 4 there already" in said
+    assert "stopped after 0 s" in said
+    *before, died = report.read(tmp_path / "results.csv")
+    assert before == list(rows.values())
+    assert (died.implementation, died.note[:13]) == ("flashinfer", "the run ended")
+
+
+def fake_rows(report, shapes):
+    """Ours twice as fast as cuDNN on one shape, at half its speed on another."""
+    fast, slow = shapes.Shape(64, 8192, 16, 1, 128), shapes.Shape(1, 8192, 16, 1, 64)
+    given = [
+        (fast, "mosaic_gpu", 60.0, ""), (fast, "cudnn", 120.0, ""), (fast, "flashinfer", 75.0, ""),
+        (slow, "mosaic_gpu", 20.0, ""), (slow, "cudnn", 10.0, ""),
+        (slow, "flashinfer", None, "wrong (error 1.0e+00)"),
+    ]  # fmt: skip
+    return [
+        report.Row(
+            shape, name, default="mosaic_gpu", layers=2, microseconds=time, spread=0.01,
+            tb_per_second=time and shape.kv_bytes / time / 1e6, ceiling_tb_per_second=4.5,
+            fraction=time and shape.kv_bytes / time / 4.5e6, error=2e-3, device="GPU", note=note,
+        )
+        for shape, name, time, note in given
+    ]  # fmt: skip
+
+
+def test_table_summary_and_figure_of_a_saved_run(module, tmp_path, capsys):
+    report, shapes = module("decode_report"), module("decode_shapes")
+    saved = tmp_path / "results.csv"
+    for row in fake_rows(report, shapes):
+        report.append(saved, row)
+    with saved.open("a") as file:
+        file.write("B64-S8192-N16-K1-H128-bf16,64,81")  # killed while it wrote
+    assert module("decode_attention").main(["--from", str(saved), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "line 8: not a whole row, passed over" in said
+    text = (tmp_path / "results.md").read_text()
+    assert text in said
+    assert (
+        "| B64-S8192-N16-K1-H128-bf16 | 268.4 | **60.0** | 120.0 | 75.0 | mosaic_gpu | 0.99 |"
+        in text
+    )
+    assert "| 20.0 | **10.0** | wrong | mosaic_gpu |" in text
+    assert "against cudnn: 1.00 times as fast in the geometric mean of 2 shapes" in text
+    assert "fastest JAX path on 50.0% of 2 shapes; not on:" in text
+    assert "B1-S8192-N16-K1-H64-bf16 (cudnn is 2.00 times as fast)" in text
+    assert "against flashinfer: 1.25 times as fast in the geometric mean of 1 shape;" in text
+    for name in ("bandwidth.png", "bandwidth.svg"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_later_rows_replace_earlier_ones_and_retry_wants_those_without_a_time(module, tmp_path):
+    report, shapes = module("decode_report"), module("decode_shapes")
+    rows = fake_rows(report, shapes)
+    for row in [*rows, report.Row(rows[0].shape, "mosaic_gpu", note="broken since")]:
+        report.append(tmp_path / "results.csv", row)
+    read = report.read(tmp_path / "results.csv")
+    assert len(read) == len(rows)
+    chosen = [rows[0].shape, rows[3].shape]
+    to_do = module("decode_attention").to_do
+    names = ["mosaic_gpu", "flashinfer"]
+    assert to_do(chosen, names, read, retry=False) == []
+    assert to_do(chosen, names, read, retry=True) == [
+        (chosen[0], ["mosaic_gpu"]), (chosen[1], ["flashinfer"])
+    ]  # fmt: skip
