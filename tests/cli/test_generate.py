@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cla_jax import loading
+from cla_jax.configs import MeshConfig
 from cla_jax.loading import TextContinuation
 
 
@@ -56,7 +57,7 @@ def test_a_single_prompt_streams(run, model):
     code, out, error = run("generate", "runs/mine", "--prompt", "a\tb [red]é")
     assert (code, error) == (0, "")
     assert out == "a\tb [red]éA\tB [RED]É\n"
-    assert model.loaded == [("runs/mine", {"tokenizer": None})]
+    assert model.loaded == [("runs/mine", {"tokenizer": None, "mesh": MeshConfig()})]
     assert model.calls[0][0] == ["a\tb [red]é"]
 
 
@@ -64,10 +65,10 @@ def test_options_reach_the_model(run, model):
     code, out, _ = run(
         "generate", "runs/mine", "--prompt", "one", "two", "--max-new-tokens", "7", "--temperature",
         "0.5", "--top-k", "3", "--top-p", "0.9", "--seed", "4", "--stop", "END", "\n",
-        "--cache-dtype", "float32", "--tokenizer", "bytes",
+        "--cache-dtype", "float32", "--tokenizer", "bytes", "--mesh", "tensor=4",
     )  # fmt: skip
     assert (code, out) == (0, "oneONE\n\ntwoTWO\n\n")
-    assert model.loaded == [("runs/mine", {"tokenizer": "bytes"})]
+    assert model.loaded == [("runs/mine", {"tokenizer": "bytes", "mesh": MeshConfig(tensor=4)})]
     options = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 4,
                "stop": ("END", "\n"), "cache_dtype": "float32", "first_row": 0,
                "room": 3 + 7}  # fmt: skip
