@@ -33,7 +33,7 @@ class Timing:
         inner: seconds of work in the inner loop, if the device reads `rate` bytes a second.
         window: seconds by which the two amounts of work differ, about.
         repeats: slopes, of which the median is taken.
-        rotation: bytes of K/V that are read before any is read again: three times an L2 of 60 MB.
+        rotation: bytes of K/V that are read before any is read again: twice an L2 of 60 MB.
         most_layers: of them, at most: each is a call in the program.
         most_bytes: of all layers' caches together.
         rate: bytes a second, to guess by.
@@ -43,8 +43,8 @@ class Timing:
     inner: float = 5e-3
     window: float = 15e-3
     repeats: int = 7
-    rotation: int = 180_000_000
-    most_layers: int = 96
+    rotation: int = 120_000_000
+    most_layers: int = 24
     most_bytes: int = 40_000_000_000
     rate: float = 4e12
     fewest: float = 6e-6

@@ -1,23 +1,45 @@
 """The second kernel: every row's partial results become its softmax attention."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cla_kernels._schedule import Schedule, Tuning
+from cla_kernels._schedule import Schedule
+from cla_kernels._tuning import Tuning
 
 _NOTHING = -1e30  # the largest score of a stretch in which nothing is visible
+_THREADS = 128  # of a warpgroup
+_MOST_REGISTERS = 160  # of a thread, for what is in flight
+_AHEAD = 8  # loads in flight: of more, the code itself would take longer to load
 
 
-@functools.partial(jax.jit, static_argnames=("kv_heads", "dtype", "tuning"))
+def _rows_together(row_heads: int, rows: int, all_rows: int, columns: int, programs: int) -> int:
+    """Rows of queries of a program: as few as fill the warpgroup, or keep the grid in one wave.
+
+    0: none divides them.
+    """
+    for together in range(1, rows + 1):
+        width = together * columns
+        if rows % together or all_rows % together or width % _THREADS:
+            continue
+        fits = row_heads * (rows // together) <= programs
+        if fits or 2 * width > 1024 or rows % (2 * together):
+            return together
+    return 0
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "kv_heads", "dtype", "tuning"))
 def combine(
     sums: jax.Array,
     statistics: jax.Array,
     plan: Schedule,
+    rows: int,
     kv_heads: int,
     dtype: jnp.dtype,
     tuning: Tuning,
@@ -25,43 +47,61 @@ def combine(
     """Softmax attention from what the units found.
 
     Args:
-        sums: `[stretches, R, H]`, float32, as `partial_attention` returns them.
-        statistics: `[stretches, 2, 64]`, likewise.
+        sums: `[stretches, R, C]`, float32, as `partial_attention` returns them.
+        statistics: `[stretches, 2, R]`, likewise.
         plan: by which they were found.
+        rows: of the `R` that are wanted.
         kv_heads: `K`.
         dtype: of the result.
         tuning: of the plan.
 
     Returns:
-        `[B, K, R, H]`.
+        `[B, K, rows or R, C]`.
     """
-    stretches, rows, head_dim = sums.shape
+    stretches, all_rows, columns = sums.shape
     batch = plan.lengths.shape[0]
-    # A warpgroup's threads hold several rows of a short head.
-    width = max(head_dim, 128)
-    together = width // head_dim
-    groups = rows // together
-    sums = sums.reshape(stretches, groups, width)
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // 128)
-    # Loads that are in flight at once; their latency is what this kernel costs.
-    ahead = 8 if tuning.units <= 8 * batch * kv_heads else 32
+    find = functools.partial(
+        _rows_together,
+        batch * kv_heads,
+        all_rows=all_rows,
+        columns=columns,
+        programs=16 * tuning.units,
+    )
+    if not (together := find(rows)):
+        rows, together = all_rows, find(all_rows)
+    width = together * columns
+    sums = sums.reshape(stretches, all_rows // together, width)
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // _THREADS, 4))
+    # Stretches of a row and KV head, where lengths are equal. Many are shared among warpgroups.
+    likely = tuning.units // (batch * kv_heads) + 2
+    groups = 4 if likely > 32 else 1
+    most = _MOST_REGISTERS // (width // _THREADS + 2 * together)
+    ahead = max(1, min(-(-likely // groups), most, _AHEAD))
 
-    def kernel(sums_ref: Any, statistics_ref: Any, start_ref: Any, each_ref: Any, out: Any) -> None:
-        if tuning.on_device:
-            plgpu.griddepcontrol_wait()
+    def kernel(
+        sums_ref: Any, statistics_ref: Any, start_ref: Any, each_ref: Any, out: Any, *shared: Any
+    ) -> None:
         index, group = lax.axis_index("i"), lax.axis_index("g")
         row = lax.div(index, jnp.int32(kv_heads))
+        # The first kernel has waited for the schedule, and started this one only after.
         row_start, each = start_ref[row], each_ref[0]
         blocks = lax.div(start_ref[row + 1] - row_start, jnp.int32(kv_heads))
         begin = row_start + (index - row * kv_heads) * blocks
         first, last = lax.div(begin, each), lax.div(begin + blocks - 1, each)
+        if tuning.on_device:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        if groups > 1:
+            share = lax.div(last - first + groups, jnp.int32(groups))
+            first = first + lax.axis_index("wg") * share
+            last = jnp.minimum(last, first + share - 1)
         column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
 
         def spread(scalars: list[jax.Array]) -> jax.Array:
             """A scalar for each row that is here, to that row's columns."""
             out = plgpu.layout_cast(lax.broadcast_in_dim(scalars[0], (width,), ()), layout)
             for i, scalar in enumerate(scalars[1:], 1):
-                out = jnp.where(column < i * head_dim, out, scalar)
+                out = jnp.where(column < i * columns, out, scalar)
             return out
 
         def step(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -89,22 +129,67 @@ def combine(
                     jnp.where(one > _NOTHING, jnp.exp2(one - new), 0.0)
                     for one, new in zip(largest, news, strict=True)
                 ]
-                acc = acc + loaded * spread(scales)
-                totals = [t + s * w for t, s, w in zip(totals, scales, weight, strict=True)]
+                seen = [one > _NOTHING for one in largest]
+                acc = acc + jnp.where(spread(scales) > 0, loaded, 0.0) * spread(scales)
+                totals = [
+                    t + jnp.where(s, f * w, 0.0)
+                    for t, f, w, s in zip(totals, scales, weight, seen, strict=True)
+                ]
             return acc, news, totals
 
         zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
         nothing = [jnp.float32(_NOTHING)] * together, [jnp.float32(0.0)] * together
         steps = lax.div(last - first + ahead, jnp.int32(ahead))
-        acc, _, totals = lax.fori_loop(0, steps, step, (zero, *nothing))
-        inverses = [jnp.where(total > 0, 1.0 / total, 0.0) for total in totals]
-        out.at[index, group][...] = (acc * spread(inverses)).astype(dtype)
+        acc, tops, totals = lax.fori_loop(0, steps, step, (zero, *nothing))
 
+        def finish(acc: jax.Array, total: jax.Array) -> None:
+            inverse = jnp.where(total > 0, 1.0 / total, 0.0)
+            out.at[index, group][...] = (acc * inverse).astype(dtype)
+
+        if groups == 1:
+            finish(acc, spread(totals))
+            return
+        exchanged, barrier = shared
+        me = lax.axis_index("wg")
+
+        @pl.when(me > 0)
+        def _give() -> None:
+            for what, found in enumerate((acc, spread(tops), spread(totals))):
+                exchanged.at[me, what][...] = found
+            plgpu.barrier_arrive(barrier)
+
+        @pl.when(me == 0)
+        def _take() -> None:
+            plgpu.barrier_wait(barrier)
+            parts = [(acc, spread(tops), spread(totals))]
+            for other in range(1, groups):
+                given, top, total = (
+                    plgpu.load(exchanged.at[other, what], layout=layout) for what in range(3)
+                )
+                parts.append((given, top, total))
+            largest = functools.reduce(jnp.maximum, (top for _, top, _ in parts))
+            whole, weights = zero, zero
+            for given, top, total in parts:
+                factor = jnp.exp2(top - largest)
+                whole, weights = whole + factor * given, weights + factor * total
+            finish(whole, weights)
+
+    several: dict[str, Any] = {}
+    if groups > 1:
+        several = {
+            "num_threads": groups,
+            "thread_name": "wg",
+            "scratch_types": [
+                plgpu.SMEM((groups, 3, width), jnp.float32),
+                plgpu.Barrier(num_arrivals=groups - 1),
+            ],
+        }
     result = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((batch * kv_heads, groups, width), dtype),
-        grid=(batch * kv_heads, groups),
+        out_type=jax.ShapeDtypeStruct((batch * kv_heads, rows // together, width), dtype),
+        grid=(batch * kv_heads, rows // together),
         grid_names=("i", "g"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        **several,
     )(sums, statistics, plan.starts, plan.each)
-    return result.reshape(batch, kv_heads, rows, head_dim)
+    return result.reshape(batch, kv_heads, rows, columns)

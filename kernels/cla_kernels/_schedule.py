@@ -1,37 +1,11 @@
 """Who reads which K/V: equal stretches of all rows' valid blocks, from their lengths alone."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How the work of the Mosaic GPU kernel is cut.
-
-    Attributes:
-        block: keys of a tile: a multiple of 64.
-        stages: tiles of K or V in flight, for each worker.
-        programs: of the grid, one on a multiprocessor.
-        workers: of a program, 1 or 2; each has a warpgroup that multiplies and one that loads.
-        fewest: blocks of a worker, where there are less than enough for all.
-        on_device: false for the interpreter, which cannot multiply from registers nor overlap
-            launches.
-    """
-
-    block: int = 64
-    stages: int = 5
-    programs: int = 132
-    workers: int = 2
-    fewest: int = 1
-    on_device: bool = True
-
-    @property
-    def units(self) -> int:
-        """Workers in all."""
-        return self.programs * self.workers
+from cla_kernels._tuning import Tuning
 
 
 class Schedule(NamedTuple):
@@ -55,7 +29,7 @@ def schedule(lengths: jax.Array, kv_heads: int, size: int, tuning: Tuning) -> Sc
     blocks = jnp.maximum((jnp.minimum(lengths, size) + (tuning.block - 1)) // tuning.block, 1)
     ends = jnp.cumsum(blocks * kv_heads, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
-    each = jnp.maximum((ends[-1] + (tuning.units - 1)) // tuning.units, tuning.fewest)
+    each = (ends[-1] + (tuning.units - 1)) // tuning.units
     first = jnp.arange(tuning.units, dtype=jnp.int32) * each
     row = jnp.sum(first[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
     row = jnp.minimum(row, lengths.shape[0] - 1)

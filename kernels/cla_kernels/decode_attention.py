@@ -113,14 +113,11 @@ def choose_implementation(
         q: queries `[B, T, N, H]`, or their shape and dtype.
         k: cached keys `[G, B, S, K, H]`, or their shape and dtype.
     """
-    mosaic, cudnn = _mosaic_gpu.obstacle(q, k), _cudnn.obstacle(q, k)
-    if not mosaic and _mosaic_gpu.faster_than_cudnn(q, k.shape[3]):
-        return "mosaic_gpu", "Hopper, and measured faster than cuDNN for such shapes"
-    if not cudnn:
-        return "cudnn", "one query a row, 16-bit types and a head dim that cuDNN takes"
-    if not mosaic:
-        return "mosaic_gpu", f"not cuDNN: {cudnn}"
-    return "xla", f"not cuDNN: {cudnn}; not Mosaic GPU: {mosaic}"
+    if not (mosaic := _mosaic_gpu.obstacle(q, k)):
+        return "mosaic_gpu", "our own kernel: a Hopper GPU, and shapes and dtypes that it takes"
+    if not (cudnn := _cudnn.obstacle(q, k)):
+        return "cudnn", f"not Mosaic GPU: {mosaic}"
+    return "xla", f"not Mosaic GPU: {mosaic}; not cuDNN: {cudnn}"
 
 
 def _index(layer: object) -> int:

@@ -1,38 +1,56 @@
 """The Mosaic GPU kernel without a GPU: interpreted, with race detection, and lowered for CUDA."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cla_kernels import EIGHT_BIT
 from cla_kernels import _mosaic_gpu as mosaic
-from cla_kernels._schedule import Tuning, schedule
+from cla_kernels._schedule import schedule
+from cla_kernels._tuning import Tuning
 from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tests.kernels.test_decode_attention import Shape, inputs, softmax_attention
+from tests.kernels.test_decode_attention import Shape, inputs, scales, softmax_attention
 
-SMALL = Tuning(programs=2, stages=3, on_device=False)
+SMALL = Tuning(units=2, stages=3, on_device=False)
 
 # Tile edges and one beside them, an empty row, a full one, lengths beyond the cache.
 INTERPRETED = {
     "tile edges": (Shape(B=4, T=1, N=8, K=1, H=64, S=136, G=2), [64, 65, 127, 0], SMALL),
-    "causal over two tiles": (
-        Shape(B=2, T=3, N=4, K=2, H=64, S=136, G=1), [130, 138],
-        dataclasses.replace(SMALL, workers=1),
-    ),
+    "causal over two tiles": (Shape(B=2, T=3, N=4, K=2, H=64, S=136, G=1), [130, 138], SMALL),
     "tiles of 128": (
         Shape(B=3, T=1, N=16, K=1, H=128, S=264, G=1), [264, 1, 129],
-        dataclasses.replace(SMALL, block=128, programs=1),
+        dataclasses.replace(SMALL, block=128, units=1),
     ),
-    "wide heads, idle workers": (
+    "wide heads, idle units": (
         Shape(B=2, T=2, N=2, K=1, H=256, S=72, G=1), [66, 3],
-        dataclasses.replace(SMALL, programs=4),
+        dataclasses.replace(SMALL, units=4),
     ),
+    "many units to a row": (
+        Shape(B=1, T=1, N=2, K=1, H=64, S=1024, G=1), [1000],
+        dataclasses.replace(SMALL, units=33),
+    ),
+    "a head dim that is padded": (Shape(B=2, T=1, N=3, K=1, H=96, S=136, G=1), [70, 136], SMALL),
+    "more queries than a tile": (Shape(B=2, T=3, N=32, K=1, H=64, S=72, G=1), [72, 2], SMALL),
 }  # fmt: skip
+EIGHT_BIT_INTERPRETED = Shape(B=3, T=2, N=4, K=2, H=64, S=136, G=2), [130, 1, 137], SMALL
+
+
+def interpreted(q, k, v, lengths, layer, tuning, k_scale=None, v_scale=None):
+    """The kernel's result, under race detection."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        found = mosaic.decode_attention(
+            q, k, v, k_scale, v_scale, jnp.array(lengths, jnp.int32), layer, q.shape[-1] ** -0.5,
+            tuning,
+        )  # fmt: skip
+    assert not interpret_pallas_call.get_races().races_found
+    return np.asarray(found.astype(jnp.float32), np.float64)
 
 
 @pytest.mark.parametrize(
@@ -46,39 +64,67 @@ def test_interpreted_it_is_softmax_attention_without_races(name: str):
     # Whatever lies behind the lengths, not a number included, must not be seen.
     behind = jnp.arange(shape.S)[None] >= jnp.array(lengths)[:, None]
     k, v = (jnp.where(behind[None, :, :, None, None], jnp.nan, a).astype(a.dtype) for a in (k, v))
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        found = mosaic.decode_attention(
-            q, k, v, None, None, jnp.array(lengths, jnp.int32), layer, shape.H**-0.5, tuning
-        )
-    found = np.asarray(found.astype(jnp.float32), np.float64)
+    found = interpreted(q, k, v, lengths, layer, tuning)
     assert np.linalg.norm(found - expected) <= 3e-3 * np.linalg.norm(expected)
-    assert not interpret_pallas_call.get_races().races_found
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("queries", "heads"), [(1, 16), (1, 64), (8, 8), (3, 5)])
-def test_every_configuration_lowers_for_cuda(head_dim: int, dtype: str, queries: int, heads: int):
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", EIGHT_BIT)
+def test_interpreted_it_reads_8_bit_caches_without_races(dtype: str):
+    shape, lengths, tuning = EIGHT_BIT_INTERPRETED
+    q, k, v = inputs(shape, "bfloat16", dtype)
+    of_cache = scales(shape, dtype)
+    expected = softmax_attention(q, k, v, lengths, 1, **of_cache)
+    behind = jnp.arange(shape.S)[None] >= jnp.array(lengths)[:, None]
+    of_cache = {
+        name: jnp.where(behind[None, :, None], jnp.nan, scale) for name, scale in of_cache.items()
+    }
+    found = interpreted(q, k, v, lengths, 1, tuning, **of_cache)
+    assert np.linalg.norm(found - expected) <= 3e-3 * np.linalg.norm(expected)
+
+
+# Of every entry of the tuning table, and what each lets grow: rows of queries, padded head dims.
+LOWERED = [
+    (head_dim, q_dtype, kv_dtype, queries, heads)
+    for head_dim in (32, 40, 64, 80, 96, 128, 192, 256)
+    for q_dtype, kv_dtype in (
+        ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "int8"),
+        ("bfloat16", "float8_e4m3fn"),
+    )
+    for queries, heads in ((1, 16), (1, 64), (8, 8), (3, 5), (8, 64))
+    if kv_dtype not in EIGHT_BIT or head_dim % 16 == 0
+]  # fmt: skip
+FAST = {(64, "bfloat16", "bfloat16", 1, 16), (128, "bfloat16", "bfloat16", 1, 64),
+        (256, "float16", "float16", 8, 8), (128, "bfloat16", "int8", 3, 5),
+        (96, "bfloat16", "bfloat16", 1, 16), (64, "bfloat16", "float8_e4m3fn", 1, 16)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "q_dtype", "kv_dtype", "queries", "heads"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case not in FAST)) for case in LOWERED],
+)
+def test_every_configuration_lowers_for_cuda(
+    head_dim: int, q_dtype: str, kv_dtype: str, queries: int, heads: int
+):
     shape = Shape(B=3, T=queries, N=heads, K=1, H=head_dim, S=1024, G=2)
-    q, k, v = jax.eval_shape(lambda: inputs(shape, dtype, dtype))
+    q, k, v = jax.eval_shape(lambda: inputs(shape, q_dtype, kv_dtype))
+    of_cache = jax.eval_shape(lambda: scales(shape, kv_dtype))
     lengths = jax.ShapeDtypeStruct((shape.B,), jnp.int32)
 
-    def call(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-        return mosaic.decode_attention(q, k, v, None, None, lengths, 1, 0.1)
+    def call(q: Any, k: Any, v: Any, lengths: Any, k_scale: Any = None, v_scale: Any = None) -> Any:
+        return mosaic.decode_attention(q, k, v, k_scale, v_scale, lengths, 1, 0.1)
 
-    traced = jax.jit(call).trace(q, k, v, lengths)
+    traced = jax.jit(call).trace(q, k, v, lengths, **of_cache)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=9), st.integers(1, 3), st.integers(1, 7),
-    st.sampled_from([64, 128]), st.integers(1, 3),
+    st.sampled_from([64, 128]),
 )  # fmt: skip
-def test_every_block_is_read_once(
-    lengths: list[int], kv_heads: int, programs: int, block: int, fewest: int
-):
+def test_every_block_is_read_once(lengths: list[int], kv_heads: int, units: int, block: int):
     """The schedule against a list of all blocks, cut by hand."""
-    tuning = Tuning(block=block, programs=programs, workers=1, fewest=fewest)
+    tuning = Tuning(block=block, units=units)
     plan = schedule(jnp.array(lengths, jnp.int32), kv_heads, 256, tuning)
     order = [
         row
@@ -86,7 +132,6 @@ def test_every_block_is_read_once(
         for _ in range(kv_heads * max(-(-min(length, 256) // block), 1))
     ]
     each = int(plan.each[0])
-    assert each >= fewest
     assert each * tuning.units >= len(order)
     assert int(plan.starts[-1]) == len(order)
     for unit, (row, start, end, length) in enumerate(np.asarray(plan.units)):

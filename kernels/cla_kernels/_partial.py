@@ -1,0 +1,318 @@
+"""The first kernel: every unit's softmax attention over its stretch of the K/V.
+
+Roles are swapped: the scores of a tile are `K Q^T`, keys by queries, and sums of values `V^T P`, so
+that a KV head's few query heads are the short side of the product, whose tiles come in eights. One
+warpgroup issues the loads (TMA) into a ring of tiles; the other multiplies (wgmma) and keeps the
+running softmax. A stretch's queries are loaded while the one before is worked on.
+
+8-bit K/V are widened on the way: K in registers, V through shared memory. The scale of a key goes
+on its scores, that of a value on its weights.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from cla_kernels._schedule import Schedule
+from cla_kernels._tuning import TILE_KEYS, Tuning, tile_columns, tile_rows
+
+_TILE = plgpu.Layout.WGMMA
+
+
+class Cached(NamedTuple):
+    """Stacked K/V: `[G, B, S, K, H]`, and of 8-bit ones their scales, float32 `[G, B, K, S]`."""
+
+    k: jax.Array
+    v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+
+
+def _transforms(
+    dtype: jnp.dtype, swizzle: int
+) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    # Their base class declares methods that they get elsewhere.
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+
+
+def _widened(tile: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """8-bit values in the type in which they are multiplied."""
+    if tile.dtype == jnp.float8_e4m3fn:
+        return tile.astype(jnp.float16).astype(jnp.float32).astype(dtype)
+    return tile.astype(dtype)
+
+
+# Jitted, so that a model's layers trace and lower it once.
+@functools.partial(jax.jit, static_argnames=("queries", "heads", "scale", "tuning"))
+def partial_attention(
+    q: jax.Array,
+    cached: Cached,
+    plan: Schedule,
+    layer: int | jax.Array,
+    *,
+    queries: int,
+    heads: int,
+    scale: float,
+    tuning: Tuning,
+) -> tuple[jax.Array, jax.Array]:
+    """Every unit's softmax over its stretch of every row and KV head that it reads.
+
+    Stretch `i` of the order has index `row * K + head + unit`.
+
+    Args:
+        q: `[B, K, queries * heads, H]`, at most 64 rows to a KV head, in the type in which tiles
+            are multiplied.
+        cached: `k`, `v` `[G, B, S, K, H]`, and scales `[G, B, K, S]` where they are of 8 bits.
+        plan: of the rows' lengths.
+        layer: of the `G`.
+        queries: `T` of a row, the last of which sees `lengths` keys.
+        heads: query heads of a KV head.
+        scale: of the scores, positive.
+        tuning: how the work is cut.
+
+    Returns:
+        float32: sums of values `[B * K + units, R, C]`, `R` and `C` the rows and the head dim in
+        whole tiles, and their largest score (times log2 e) and sum of weights,
+        `[B * K + units, 2, R]`. Entries of no stretch are not written.
+    """
+    B, K, given, H = q.shape
+    rows = tile_rows(given)
+    G, _, S = cached.k.shape[:3]
+    block, stages = tuning.block, tuning.stages
+    width = tile_columns(H)
+    scale2 = scale * math.log2(math.e)  # exp2 is the GPU's own
+    kv_dtype, dtype = cached.k.dtype, q.dtype
+    eight_bit = cached.k_scale is not None
+    k, v = (a.reshape(G * B, S, K, H) for a in (cached.k, cached.v))
+    scales = [a.reshape(G * B, K, S) for a in (cached.k_scale, cached.v_scale) if a is not None]
+    tile, by_key, by_row = _TILE, _TILE.reduce(1), _TILE.reduce(0)
+
+    def kernel(*refs: Any) -> None:
+        (q_ref, k_ref, v_ref), refs = refs[:3], refs[3:]
+        scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
+        len_ref, start_ref, unit_ref, each_ref, layer_ref, sums_ref, statistics_ref = refs[:7]
+        q_full, q_empty, full, empty, q_s, kv_s, p_s, *spare = refs[7:]
+        unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
+        if tuning.on_device:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        # What lies behind an array's end is loaded as zeros; only traced slices may reach there.
+        start = lax.rem(wg, jnp.int32(1))
+        columns, all_rows = pl.ds(start, width), pl.ds(start, rows)
+        begin = unit * each_ref[0]
+        end = jnp.minimum(begin + each_ref[0], start_ref[B])
+        base = layer_ref[0] * B
+
+        def walk(stretch: Callable[..., None]) -> jax.Array:
+            """Calls `stretch` for each row and head of the unit; how many they were."""
+
+            def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                at, number, row, row_start, row_end, length = state
+                # Of the row that follows: loaded now, to have arrived by then.
+                following = jnp.minimum(row + 1, B - 1)
+                next_end, next_length = start_ref[following + 1], len_ref[following]
+                blocks = lax.div(row_end - row_start, jnp.int32(K))
+                head = lax.div(at - row_start, blocks)
+                first = at - row_start - head * blocks
+                count = jnp.minimum(blocks - first, end - at)
+                stretch(row, head, length, first, count, at - begin, number)
+                at = at + count
+                same, other = (row, row_start, row_end, length), (
+                    following, row_end, next_end, next_length,
+                )  # fmt: skip
+                new_row = at >= row_end
+                chosen = (jnp.where(new_row, b, a) for a, b in zip(same, other, strict=True))
+                return at, number + 1, *chosen
+
+            state = begin, jnp.int32(0), *(unit_ref[unit, i] for i in range(4))
+            return lax.while_loop(lambda state: state[0] < end, body, state)[1]
+
+        def multiplied(a: Any, b: Any, out: tuple[int, ...]) -> jax.Array:
+            def multiply(accumulator: Any) -> jax.Array:
+                plgpu.wgmma(accumulator, a, b)
+                return accumulator[...]
+
+            accumulator = plgpu.WGMMAAccumulatorRef((out[0], out[1]), jnp.float32)
+            return pl.run_scoped(multiply, accumulator)
+
+        def added(acc: jax.Array, a: Any, b: Any) -> jax.Array:
+            if not tuning.on_device:  # the interpreter has no initial accumulators
+                return acc + multiplied(a, b, acc.shape)
+            multiply = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))
+            return cast(jax.Array, multiply(plgpu.WGMMAAccumulatorRef.init(acc)))
+
+        @pl.when(wg == 0)
+        def _multiply() -> None:
+            def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, before: Any,
+                        number: Any) -> None:  # fmt: skip
+                slot_q = lax.rem(number, jnp.int32(2))
+                plgpu.barrier_wait(q_full.at[slot_q])
+                q_t = q_s.at[slot_q].T
+
+                def step(i: jax.Array, carry: tuple[Any, ...], *, whole: bool) -> tuple[Any, ...]:
+                    acc, m, total = carry
+                    slot_k = lax.rem(2 * (before + i), jnp.int32(stages))
+                    slot_v = lax.rem(2 * (before + i) + 1, jnp.int32(stages))
+                    behind = (first + i) * block
+                    stored = jnp.minimum(length, S) - behind
+                    plgpu.barrier_wait(full.at[slot_k])
+                    if not eight_bit:
+                        x = scale2 * multiplied(kv_s.at[slot_k], q_t, (block, rows))
+                    else:
+                        keys = _widened(kv_s[slot_k], dtype)
+                        if not tuning.on_device:  # the interpreter multiplies from memory alone
+                            spare[1][...] = keys
+                            plgpu.commit_smem()
+                            keys = spare[1]
+                        x = multiplied(keys, q_t, (block, rows))
+                        each = plgpu.load(spare[-1].at[slot_k], layout=by_key)
+                        x = x * lax.broadcast_in_dim(each * scale2, x.shape, [0])
+                    plgpu.barrier_arrive(empty.at[slot_k])
+                    if not whole:
+                        ids = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=tile)
+                        seen = ids < stored
+                        if queries > 1:
+                            # Query t of T sees T - 1 - t keys less than the last.
+                            row_ids = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=tile)
+                            query = lax.div(row_ids, jnp.int32(heads))
+                            seen = seen & (ids <= query + (length - queries - behind))
+                        x = jnp.where(seen, x, -jnp.inf)
+                    m_new = jnp.maximum(m, x.max(axis=0))
+                    if not whole:
+                        m_new = jnp.maximum(m_new, -1e30)  # nothing may be visible
+                    alpha = jnp.exp2(m - m_new)
+                    p = jnp.exp2(x - lax.broadcast_in_dim(m_new, x.shape, [1]))
+                    # Summed over a tile's keys at the end of the stretch.
+                    total = total * lax.broadcast_in_dim(alpha, total.shape, [1])
+                    for part in range(0, block, TILE_KEYS):
+                        total = total + p[part : part + TILE_KEYS]
+                    acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [1])
+                    plgpu.barrier_wait(full.at[slot_v])
+                    values = kv_s.at[slot_v]
+                    if eight_bit:
+                        each = plgpu.load(spare[-1].at[slot_v], layout=by_key)
+                        if not whole:
+                            ids = plgpu.broadcasted_iota(jnp.int32, each.shape, 0, layout=by_key)
+                            each = jnp.where(ids < stored, each, 0.0)
+                        p = p * lax.broadcast_in_dim(each, p.shape, [0])
+                    p_s.T[...] = p.astype(dtype)
+                    if eight_bit:
+                        wide = _widened(kv_s[slot_v], dtype)
+                        if not whole:
+                            ids = plgpu.broadcasted_iota(jnp.int32, wide.shape, 0, layout=tile)
+                            wide = jnp.where(ids < stored, wide, jnp.zeros((), dtype))
+                        spare[0][...] = wide
+                        values = spare[0]
+                    elif not whole:
+                        # Rows behind the length may hold anything, and 0 * NaN is NaN.
+                        ids = plgpu.broadcasted_iota(jnp.int32, (block, width), 0, layout=tile)
+                        loaded = plgpu.load(values, layout=tile, optimized=False)
+                        values[...] = jnp.where(ids < stored, loaded, jnp.zeros((), dtype))
+                    plgpu.commit_smem()
+                    if eight_bit:
+                        plgpu.barrier_arrive(empty.at[slot_v])
+                    acc = added(acc, values.T, p_s.T)
+                    if not eight_bit:
+                        plgpu.barrier_arrive(empty.at[slot_v])
+                    return acc, m_new, total
+
+                def filled(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+                    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+                # Blocks of which every query sees every key.
+                all_see = jnp.minimum(length - (queries - 1), S)
+                whole = jnp.clip(lax.div(all_see, jnp.int32(block)) - first, 0, count)
+                carry = (
+                    filled((width, rows), 0.0, tile),
+                    filled((rows,), -jnp.inf, by_row),
+                    filled((TILE_KEYS, rows), 0.0, tile),
+                )
+                carry = lax.fori_loop(0, whole, functools.partial(step, whole=True), carry)
+                carry = lax.fori_loop(whole, count, functools.partial(step, whole=False), carry)
+                acc, m, total = carry
+                plgpu.barrier_arrive(q_empty.at[slot_q])
+                index = row * K + head + unit
+                statistics_ref.at[index, 0][...] = m
+                statistics_ref.at[index, 1][...] = total.sum(axis=0)
+                sums_ref.at[index].T[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
+
+            walk(stretch)
+
+        @pl.when(wg == 1)
+        def _load() -> None:
+            def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, before: Any,
+                        number: Any) -> None:  # fmt: skip
+                slot_q = lax.rem(number, jnp.int32(2))
+                wait = functools.partial(plgpu.barrier_wait, q_empty.at[slot_q])
+                pl.when(number >= 2)(wait)
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[row, head, all_rows, columns], q_s.at[slot_q], q_full.at[slot_q]
+                )
+
+                @pl.loop(0, count)
+                def _(i: jax.Array) -> None:
+                    for part, ref in enumerate((k_ref, v_ref)):
+                        index = 2 * (before + i) + part
+                        slot = lax.rem(index, jnp.int32(stages))
+                        wait = functools.partial(plgpu.barrier_wait, empty.at[slot])
+                        pl.when(index >= stages)(wait)
+                        keys, at = pl.ds((first + i) * block, block), full.at[slot]
+                        plgpu.copy_gmem_to_smem(
+                            ref.at[base + row, keys, head, columns], kv_s.at[slot], at
+                        )
+                        if eight_bit:
+                            plgpu.copy_gmem_to_smem(
+                                scale_refs[part].at[base + row, head, keys], spare[-1].at[slot], at
+                            )
+
+            stretches = walk(stretch)
+            # Nobody may leave with an arrival outstanding.
+            tiles = 2 * jnp.maximum(end - begin, 0)
+
+            @pl.loop(jnp.maximum(tiles - stages, 0), tiles)
+            def _(index: jax.Array) -> None:
+                plgpu.barrier_wait(empty.at[lax.rem(index, jnp.int32(stages))])
+
+            @pl.loop(jnp.maximum(stretches - 2, 0), stretches)
+            def _(index: jax.Array) -> None:
+                plgpu.barrier_wait(q_empty.at[lax.rem(index, jnp.int32(2))])
+
+    # Operands of one product must be swizzled alike.
+    swizzle = plgpu.find_swizzle(H * jnp.dtype(dtype).itemsize * 8) if H > 64 else 128
+    swizzle8 = plgpu.find_swizzle(H * 8) if H > 128 else min(width, 128)
+
+    def shared(*shape: int, dtype: Any = dtype, swizzle: int = swizzle) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=_transforms(dtype, swizzle))
+
+    scratch = [
+        *(plgpu.Barrier(num_barriers=2) for _ in range(2)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=2 if eight_bit else 1),
+        plgpu.Barrier(num_barriers=stages),
+        shared(2, rows, width),
+        shared(stages, block, width, dtype=kv_dtype, swizzle=swizzle8 if eight_bit else swizzle),
+        shared(rows, block),
+    ]
+    if eight_bit:
+        scratch += [shared(block, width)] * (1 if tuning.on_device else 2)
+        scratch += [plgpu.SMEM((stages, block), jnp.float32)]
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((B * K + tuning.units, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((B * K + tuning.units, 2, rows), jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(tuning.units,),
+        grid_names=("unit",),
+        num_threads=2,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, *scales, *plan, jnp.asarray(layer, jnp.int32).reshape(1))

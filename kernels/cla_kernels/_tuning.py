@@ -1,0 +1,91 @@
+"""How the work of the Mosaic GPU kernel is cut: a small measured table, and what fits.
+
+The table is by head dim and bytes of an element. To measure another cut, or another GPU: pass a
+`Tuning` to `cla_kernels._mosaic_gpu.decode_attention` and time it against the table's, as
+`kernels/benchmarks/decode_attention.py` does with `--only`; then change the table.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+TILE_KEYS = 64  # and as many columns: what wgmma multiplies at a time
+MOST_ROWS = 64  # of queries to a KV head: T times query heads
+MOST_COLUMNS = 256
+_SHARED_BYTES = 232_448 - 2048 - 1024  # of a program; reductions and barriers take some
+_FEWEST_BUSY = 0.4  # of the units
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the work of the Mosaic GPU kernel is cut.
+
+    Attributes:
+        block: keys of a tile: a multiple of 64.
+        stages: tiles of K or V in flight.
+        units: programs, one on a multiprocessor; each reads a stretch of the order.
+        on_device: false for the interpreter, which has no initial accumulators and no overlap of
+            launches.
+    """
+
+    block: int = 64
+    stages: int = 5
+    units: int = 132
+    on_device: bool = True
+
+
+# By the most columns of a head, with more stages than fit. Caches of 16 bits, then of 8.
+_TUNED = (
+    {
+        64: Tuning(block=256, stages=4),
+        128: Tuning(block=128, stages=5),
+        256: Tuning(block=128, stages=4),
+    },
+    {
+        64: Tuning(block=256, stages=8),
+        128: Tuning(block=128, stages=10),
+        256: Tuning(block=64, stages=10),
+    },
+)
+
+
+def tile_rows(queries: int) -> int:
+    """Of a tile of queries: wgmma's columns come in eights."""
+    return -(-queries // 8) * 8
+
+
+def tile_columns(head_dim: int) -> int:
+    """Of a tile in shared memory: whole tiles of 64."""
+    return -(-head_dim // TILE_KEYS) * TILE_KEYS
+
+
+def tuned(
+    rows: int, head_dim: int, kv_dtype: jnp.dtype, keys: int, tuning: Tuning | None = None
+) -> Tuning:
+    """The cut for so many rows of queries (measured: docs/results.md), with as many stages as fit.
+
+    Args:
+        rows: of queries to a KV head.
+        head_dim: `H`.
+        kv_dtype: of the cache.
+        keys: in all, of all rows and KV heads.
+        tuning: whose stages to fit; default by head dim and dtype.
+    """
+    rows, columns = tile_rows(rows), tile_columns(head_dim)
+    itemsize = jnp.dtype(kv_dtype).itemsize
+    eight_bit = itemsize == 1
+    if tuning is None:
+        tuning = next(t for most, t in _TUNED[eight_bit].items() if head_dim <= most)
+        block = tuning.block
+        while block > TILE_KEYS and keys // block < _FEWEST_BUSY * tuning.units:
+            block //= 2  # else most units would have nothing
+        tuning = dataclasses.replace(tuning, block=block)
+    most = tuning.stages
+    # Scores and sums of values of a tile lie in registers.
+    block = max(min(tuning.block, (8192 if columns < 256 else 4096) // rows), TILE_KEYS)
+    while True:
+        fixed = 2 * rows * columns * 2 + rows * block * 2 + block * columns * 2 * eight_bit
+        tile = block * columns * itemsize + block * 4 * eight_bit
+        if (stages := min(most, (_SHARED_BYTES - fixed) // tile)) >= 3 or block == TILE_KEYS:
+            return dataclasses.replace(tuning, block=block, stages=stages)
+        block //= 2
