@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cla_kernels import CUDNN_MOST_ROWS, EIGHT_BIT
+from cla_kernels import CUDNN_MOST_ROWS, EIGHT_BIT, decode_workspace_bytes
 
 from cla_jax._choices import check_choice
 from cla_jax.configs import ModelConfig
@@ -144,8 +144,8 @@ def workspace_bytes(
     """An upper estimate of what a decode step or a prefill call needs beside weights and cache.
 
     The larger of the two, since they do not run at once. It grows with batch and with context. Its
-    terms are set by XLA's memory analyses of both calls (docs/results.md): attention that cuDNN
-    takes needs next to nothing, any other holds its scores.
+    terms are set by XLA's memory analyses of both calls (docs/results.md): a fused kernel's
+    attention holds at most partial results, any other its scores.
     """
     _check_positive(batch=batch, context=context)
     N, K, H = config.query_heads, config.kv_heads, config.head_dim
@@ -177,7 +177,9 @@ def workspace_bytes(
     per_token = residual + heads + projected_kv + feed_forward + statistics
 
     decode = relaid + max(step_logits, batch * per_token)  # one behind the other
-    if not fused_decode:
+    if fused_decode:
+        decode += decode_workspace_bytes(batch, N, K, H)
+    else:
         decode += batch * (scores_per_query + context * key)
     keys = min(batch * context, max(settings.prefill_tokens, context))  # of one prefill call
     prefill = logits + keys * key

@@ -8,8 +8,8 @@
     ... --smoke                                     # a few tiny shapes, on a processor too
 
 Every time is of the device alone: of `decode_attention` called again and again inside one compiled
-program (peers: in a CUDA graph), over several layers' caches in turn that together are three times
-as large as the L2 (of 96 layers at most: under 2 MB a call, less), and from the slope between two
+program (peers: in a CUDA graph), over several layers' caches in turn that together are twice
+as large as the L2 (of 24 layers at most: under 5 MB a call, less), and from the slope between two
 amounts of work. Every implementation is first compared with float32: one whose error is larger than
 allowed gets no time. In the same run the device reads a 2 GB array: fractions are of that rate.
 

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from cla_kernels._combine import combine
 from cla_kernels._partial import Cached, partial_attention
 from cla_kernels._schedule import schedule
-from cla_kernels._tuning import MOST_COLUMNS, MOST_ROWS, Tuning, tuned
+from cla_kernels._tuning import (
+    MOST_COLUMNS,
+    MOST_ROWS,
+    Tuning,
+    tile_columns,
+    tile_rows,
+    tuned,
+)
 
 _MOST_STRETCHES = 8192  # rows x KV heads: each leaves a partial result in memory
 
@@ -43,6 +50,16 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeS
     if B * K > _MOST_STRETCHES:
         return f"{B} rows of {K} KV heads are more than {_MOST_STRETCHES} in all"
     return ""
+
+
+def workspace_bytes(batch: int, query_heads: int, kv_heads: int, head_dim: int) -> int:
+    """What a call of one query a row holds beside its inputs: an upper estimate.
+
+    It grows with the batch: where there are too many rows for this kernel, no more.
+    """
+    stretches = min(batch * kv_heads, _MOST_STRETCHES) + Tuning().units
+    rows, columns = tile_rows(query_heads // kv_heads), tile_columns(head_dim)
+    return stretches * rows * (columns + 2) * 4
 
 
 def decode_attention(
