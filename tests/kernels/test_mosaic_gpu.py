@@ -91,7 +91,7 @@ LOWERED = [
         ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "int8"),
         ("bfloat16", "float8_e4m3fn"),
     )
-    for queries, heads in ((1, 16), (1, 64), (8, 8), (3, 5), (8, 64))
+    for queries, heads in ((1, 16), (1, 64), (8, 8), (3, 5))
     if kv_dtype not in EIGHT_BIT or head_dim % 16 == 0
 ]  # fmt: skip
 FAST = {(64, "bfloat16", "bfloat16", 1, 16), (128, "bfloat16", "bfloat16", 1, 64),
