@@ -72,10 +72,6 @@ def make_layout(
             above 1: nothing runs a pipeline yet.
     """
     resolved = resolve_mesh(mesh, devices)
-    if resolved.stage > 1:
-        raise ValueError(
-            f"mesh {mesh}: nothing runs in stages yet; data, fsdp and tensor are the axes that work"
-        )
     rules = Rules.of(model, resolved)
     if resolved.devices == 1:
         return None

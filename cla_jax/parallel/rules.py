@@ -28,9 +28,11 @@ class Rules:
         head_dim: `H`.
         mlp: `F`, of parameters and activations.
         layers: the stacked axis of a segment.
+        layers_outside: of a segment beside a pipeline's body.
         pair: gate and up, key and value.
         norm: a norm's scale and bias.
         batch: rows of activations.
+        batch_outside: rows where a layer runs beside a pipeline's stages.
         length: tokens of a row.
         model: `D` of activations.
         cache_batch: rows of a cache, and of what attends to it.
@@ -44,9 +46,11 @@ class Rules:
     head_dim: Axes = ()
     mlp: Axes = ("tensor",)
     layers: Axes = ("stage",)
+    layers_outside: Axes = ()
     pair: Axes = ()
     norm: Axes = ()
     batch: Axes = ("data", "fsdp")
+    batch_outside: Axes = ("data", "fsdp", "stage")
     length: Axes = ()
     model: Axes = ()
     cache_batch: Axes = ("data", "fsdp")
