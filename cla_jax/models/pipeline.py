@@ -1,14 +1,13 @@
-"""`pipeline_layers`: `scan_layers` in stages, each on devices of its own (GPipe, Huang et al. 2019).
+"""`pipeline_layers`: `scan_layers` in stages, each on devices of its own.
 
-The stacked axis of the map's body (`KVSharing.pipeline_body`) is split over the mesh axis that
-`layers` is laid out over, here called the stages. Rows are cut into microbatches; at every tick
-each stage runs its layers on another microbatch and hands the activations to the next by a
-collective permute. All stages' activations are one array `[stages, microbatch, T, D]` that is split
-by stage, and a tick is the stage's program under `jax.vmap`: K/V live inside that program alone, so
-there is nothing to carry them from stage to stage.
+GPipe (Huang et al. 2019). The stacked axis of the map's body (`KVSharing.pipeline_body`) is split
+over the mesh axis that `layers` is laid out over, here called the stages. Rows are cut into
+microbatches; at every tick each stage runs its layers on another microbatch and hands the
+activations to the next by a collective permute. All stages' activations are one array
+`[stages, microbatch, T, D]` that is split by stage, and a tick is a stage's program under
+`jax.vmap`: K/V live inside that program alone, so there is nothing to carry them between stages.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 

@@ -8,8 +8,9 @@ Parameter axes: `vocab`, `embed` (D), `norm` (D of a norm), `heads` (N), `kv_hea
 (H), `mlp` (F), `layers` (the stacked axis of a segment), `layers_outside` (of one beside a
 pipeline's body), `pair` (gate/up or key/value).
 Activation axes: `batch` (B), `batch_outside` (B where a layer runs beside a pipeline's stages),
-`length` (T or S), `model` (D), `heads`, `kv_heads`, `head_dim`, `mlp`, `vocab`. Axes of a cache:
-`cache_batch`, `cache_heads`, where the query heads of what attends to it lie too.
+`batch_loss` (tokens of a chunk of the loss), `length` (T or S), `model` (D), `heads`, `kv_heads`,
+`head_dim`, `mlp`, `vocab`. Axes of a cache: `cache_batch`, `cache_heads`, where the query heads of
+what attends to it lie too.
 """
 
 import contextlib
@@ -91,8 +92,11 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 @contextlib.contextmanager
 def rows_laid_out_as(axis: str) -> Iterator[None]:
-    """Inside, `batch` is laid out as another logical axis is."""
+    """Inside, `batch` is laid out as another logical axis is; nothing without rules."""
     rules = dict(get_logical_axis_rules())
+    if not rules:
+        yield
+        return
     with use_rules(tuple({**rules, "batch": rules[axis]}.items())):
         yield
 

@@ -47,7 +47,6 @@ def stack_layers(
         >>> [layer.kernel.shape for segment in layers for layer in segment]
         [(3, 4, 8), (3, 4, 8)]
     """
-
     body = sharing.pipeline_body
 
     def stack(owns_kv: bool, repeats: int, axis: str) -> nnx.Module:
