@@ -327,17 +327,16 @@ class KVSharing:
         """
         if self.pipeline_body is None:
             body = max(self.segments, key=_length)
+            edges = {0, self.num_layers, *self.free_cuts}
             why = (
-                "K/V would enter or leave"
-                if 2 * _length(body) > self.num_layers or self._crossed(body)
-                else f"{self.num_layers - _length(body)} of {self.num_layers} layers would be "
-                "outside"
+                f"is only {_length(body)} of {self.num_layers} layers"
+                if {body.start, body.stop} <= edges
+                else "shares K/V with other layers"
             )
             raise ValueError(
-                f"{num_stages} pipeline stages: stages run one repeated program, and around the "
-                f"longest repeated stretch of this map, layers {body.start} to {body.stop - 1}, "
-                f"{why}; patterns that work: none, CLA<factor>, CLA<factor>-KeepEnds, MLKV with "
-                "groups of equal size"
+                f"{num_stages} pipeline stages: every stage runs the same layers, and the longest "
+                f"repeated stretch of this map, layers {body.start} to {body.stop - 1}, {why}; "
+                "patterns that work repeat a group of layers: none, CLA2, CLA2-KeepEnds"
             )
         body = self.segments[self.pipeline_body]
         if num_stages not in self.pipeline_stages:
@@ -358,10 +357,6 @@ class KVSharing:
             range(body.start + s.start, body.start + s.stop)
             for s in _shifted(body).stages(num_stages)
         )
-
-    def _crossed(self, body: Segment) -> bool:
-        edges = {0, self.num_layers, *self.free_cuts}
-        return not {body.start, body.stop} <= edges
 
     def diagram(self) -> str:
         """A drawing of the map in text, last layer on top as in the papers' figures.

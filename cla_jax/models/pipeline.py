@@ -87,6 +87,7 @@ def pipeline_layers[X, C](
             )  # fmt: skip
         return _rows(x)
 
+    x, context = jax.tree.map(jnp.asarray, (x, context))
     x = outside(x, slice(0, place))
     x = _body(layer, sharing.segments[place], layers[place], x, context, execution, stages, count)
     return outside(x, slice(place + 1, None))
@@ -131,7 +132,7 @@ def _body(
     """The segment in stages. Axes: `C` microbatches, `P` stages, `ticks` = `C + P - 1`."""
     rows, ticks = len(jax.tree.leaves(x)[0]), count + stages - 1
     parameters = jax.tree.map(
-        lambda a: _by_stage(a.reshape(stages, -1, *a.shape[1:]), 0), list(stacked)
+        lambda a: _by_stage(jnp.asarray(a).reshape(stages, -1, *a.shape[1:]), 0), list(stacked)
     )
     leaves, structure = jax.tree.flatten(context)
     own = [leaf.shape[0] == rows and rows > 1 for leaf in leaves]

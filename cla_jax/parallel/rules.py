@@ -77,8 +77,9 @@ class Rules:
         if config.kv_heads % mesh.tensor:
             rows = (*rules.cache_batch, "tensor")
             rules = dataclasses.replace(rules, kv_heads=(), cache_heads=(), cache_batch=rows)
-        ways: tuple[Axes, ...] = (rules.vocab, *((axis,) for axis in rules.vocab), ())
         sizes = mesh.sizes
+        alone: list[Axes] = [(axis,) for axis in rules.vocab if sizes[axis] > 1]
+        ways = (rules.vocab, *alone, ())
         divide = (w for w in ways if config.vocab_size % math.prod(sizes[a] for a in w) == 0)
         rules = dataclasses.replace(rules, vocab=next(divide))
         if "stage" not in rules.vocab:
