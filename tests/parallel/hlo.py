@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -92,12 +92,13 @@ def across_stages(text: str, stages: int, devices: int) -> list[Sent]:
 
 def permuted(jaxpr: ClosedJaxpr) -> list[tuple[tuple[int, ...], str]]:
     """Shapes and dtypes of all that `ppermute` sends, in inner jaxprs too."""
-    return [
-        (invar.aval.shape, str(invar.aval.dtype))
+    avals: list[Any] = [
+        invar.aval
         for equation in _equations(jaxpr.jaxpr)
         if equation.primitive.name == "ppermute"
         for invar in equation.invars
     ]
+    return [(aval.shape, str(aval.dtype)) for aval in avals]
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:

@@ -11,6 +11,7 @@ import pytest
 
 from cla_jax.configs import ExecutionConfig, MeshConfig
 from cla_jax.models import pipeline_layers, scan_layers
+from cla_jax.models.attention import AttentionPath
 from cla_jax.parallel import in_force, make_layout, pipeline_ideal
 from cla_jax.registry import model as registered
 from cla_jax.sharing import KVSharing
@@ -94,6 +95,23 @@ def test_a_stage_reads_its_microbatchs_documents(remat, mesh):
     expected = loss_and_gradients("deep CLA2", "none", documents=True)
     assert errors(found, expected) < 1e-5
     assert errors(expected, loss_and_gradients("deep CLA2", "none")) > 1e-2
+
+
+def test_masks_for_cudnn_have_every_head_in_a_stage(monkeypatch):
+    """Its batching rule reshapes them to all query heads."""
+    seen, attention = [], jax.nn.dot_product_attention
+
+    def record(*arrays, mask, implementation, **options):
+        seen.append((implementation, mask.shape))
+        return attention(*arrays, mask=mask, **options)
+
+    path = AttentionPath("cudnn", 4, "as if")
+    monkeypatch.setattr("cla_jax.models.attention.attention_path", lambda *_: path)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    for mesh, rows, heads in (("none", ROWS, 1), ("stage=2", ROWS // MICROBATCHES, 8)):
+        seen.clear()
+        step.__wrapped__("deep CLA2", mesh, documents=True)
+        assert set(seen) == {("cudnn", (rows, heads, T, T))}
 
 
 @pytest.mark.standard_dtype_promotion
