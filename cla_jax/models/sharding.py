@@ -97,7 +97,7 @@ def rows_laid_out_as(axis: str) -> Iterator[None]:
     if not rules:
         yield
         return
-    with use_rules(tuple({**rules, "batch": rules[axis]}.items())):
+    with use_rules(tuple({**rules, "batch": rules.get(axis, rules.get("batch"))}.items())):
         yield
 
 

@@ -44,7 +44,7 @@ def test_every_parameter_names_every_axis_by_its_size(architecture, sharing):
         assert len(set(axes)) == len(axes), path
         assert (axes[0] in ("layers", "layers_outside")) == ("layers" in path), path
         for axis, size in zip(axes, shape, strict=True):
-            if axis == "layers":
+            if axis in ("layers", "layers_outside"):
                 assert size == sharing.segments[path[1]].repeats, path
             elif axis == "pair":
                 assert size in (1, 2), path
