@@ -279,11 +279,13 @@ class ExecutionConfig:
 
     Attributes:
         compute_dtype: of activations and matrix products; parameters stay float32.
-        remat: what the backward pass recomputes: `none`; `full` keeps a group's input alone;
-            `dots` also keeps the matrix products that have no batch dimension.
+        remat: what the backward pass recomputes: `none`; `full` keeps a group's input alone (in a
+            pipeline a stage's); `dots` also keeps the matrix products that have no batch dimension.
         scan: run each segment as one `jax.lax.scan`; false unrolls every layer.
         unroll: repeats per scan step. 1 compiles fastest; more trades compile time for speed.
         loss_chunk: tokens whose logits exist at a time in the training loss; 0 is all at once.
+        pipeline_microbatches: parts that the rows of a forward and backward pass are cut into where
+            a mesh has stages; divides them. 0: the most that divide them, up to four a stage.
     """
 
     compute_dtype: ComputeDtype = "bfloat16"
@@ -291,6 +293,7 @@ class ExecutionConfig:
     scan: bool = True
     unroll: int = 1
     loss_chunk: int = 0
+    pipeline_microbatches: int = 0
 
     def __post_init__(self) -> None:
         for field, kind in (("compute_dtype", ComputeDtype), ("remat", Remat)):
@@ -299,6 +302,8 @@ class ExecutionConfig:
             raise ValueError(f"unroll={self.unroll} must be at least 1")
         if self.loss_chunk < 0:
             raise ValueError(f"loss_chunk={self.loss_chunk} must be 0 (off) or positive")
+        if (count := self.pipeline_microbatches) < 0:
+            raise ValueError(f"pipeline_microbatches={count} must be 0 (automatic) or positive")
 
 
 @dataclasses.dataclass(frozen=True)

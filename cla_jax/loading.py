@@ -211,7 +211,7 @@ def load(
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{directory / 'config.json'} is not a run's: {reason}") from None
     text = _tokenizer(directory, {**trained, "fingerprint": fingerprint}, tokenizer)
-    layout = make_layout(mesh, config)
+    layout = _layout(mesh, config)
     model = Model(config, execution)
     like = jax.eval_shape(lambda: model.init(0))
     if layout is not None:
@@ -282,6 +282,15 @@ def _is_huggingface(path: Path) -> bool:
         return False
 
 
+def _layout(mesh: MeshConfig, config: ModelConfig) -> Layout | None:
+    if mesh.stage != 1:
+        raise ValueError(
+            f"mesh {mesh}: stages are for training; a model is run on data, fsdp and tensor, "
+            "whatever it was trained on"
+        )
+    return make_layout(mesh, config)
+
+
 def _load_huggingface(
     directory: Path,
     place: str | os.PathLike[str] | None,
@@ -309,7 +318,7 @@ def _load_huggingface(
             f"tokenizer {text.name!r} has {text.vocab_size} ids, more than the "
             f"{config.vocab_size} of the model in {directory}: it is another model's"
         )
-    layout = make_layout(mesh, config)
+    layout = _layout(mesh, config)
     checkpoint = load_huggingface(directory)
     if layout is None:
         return TextModel(config, checkpoint.decoder(execution), text)

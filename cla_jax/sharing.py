@@ -295,6 +295,69 @@ class KVSharing:
         size = self.num_layers // num_stages
         return tuple(range(s, s + size) for s in range(0, self.num_layers, size))
 
+    @functools.cached_property
+    def pipeline_body(self) -> int | None:
+        """Which of `segments` can run in pipeline stages; None if none can.
+
+        Every stage of a pipeline runs the same program, so the body is one segment, cut between
+        its repeats. It holds most of the layers, and no K/V enters or leaves it: those before and
+        after it run outside the stages. CLA2 is a body alone, KeepEnds has a layer on either side;
+        the K/V of DenseFront's layer 9 leave the only segment that repeats with owners.
+        """
+        place = max(range(len(self.segments)), key=lambda i: _length(self.segments[i]))
+        body = self.segments[place]
+        whole = all(c in (0, self.num_layers, *self.free_cuts) for c in (body.start, body.stop))
+        return place if whole and 2 * _length(body) > self.num_layers else None
+
+    @functools.cached_property
+    def pipeline_stages(self) -> tuple[int, ...]:
+        """Every number of stages that a pipeline can have, 1 first: divisors of its body."""
+        if self.pipeline_body is None:
+            return (1,)
+        body = self.segments[self.pipeline_body]
+        counts = _shifted(body).stage_counts
+        return tuple(n for n in counts if body.repeats % n == 0)
+
+    def pipeline(self, num_stages: int) -> tuple[range, ...]:
+        """The layers of each stage of a pipeline; those in none run outside it.
+
+        Raises:
+            ValueError: the body does not divide so, or there is none; says why, and names the stage
+                counts or the patterns that work.
+        """
+        if self.pipeline_body is None:
+            body = max(self.segments, key=_length)
+            edges = {0, self.num_layers, *self.free_cuts}
+            why = (
+                f"is only {_length(body)} of {self.num_layers} layers"
+                if {body.start, body.stop} <= edges
+                else "shares K/V with other layers"
+            )
+            raise ValueError(
+                f"{num_stages} pipeline stages: every stage runs the same layers, and the longest "
+                f"repeated stretch of this map, layers {body.start} to {body.stop - 1}, {why}; "
+                "patterns that work repeat a group of layers: none, CLA2, CLA2-KeepEnds"
+            )
+        body = self.segments[self.pipeline_body]
+        if num_stages not in self.pipeline_stages:
+            works = ", ".join(map(str, self.pipeline_stages))
+            nearest = min(self.pipeline_stages, key=lambda n: abs(n - num_stages))
+            layers = _length(body)
+            why = (
+                f"layers {body.start} to {body.stop - 1}, {layers} of {self.num_layers}, do not "
+                "divide into so many equal stages"
+                if num_stages < 1 or layers % num_stages
+                else "a cut would separate layers that share K/V"
+            )
+            raise ValueError(
+                f"{num_stages} pipeline stages: {why}; stage counts that work: {works} "
+                f"(the nearest is {nearest})"
+            )
+        return tuple(
+            range(body.start + s.start, body.start + s.stop)
+            for s in _shifted(body).stages(num_stages)
+        )
+
     def diagram(self) -> str:
         """A drawing of the map in text, last layer on top as in the papers' figures.
 
@@ -316,6 +379,15 @@ class KVSharing:
                 row += f"  KV cache {self.cache_slots[layer]}"
             rows.append(row.rstrip())
         return "\n".join(rows)
+
+
+def _length(segment: Segment) -> int:
+    return segment.stop - segment.start
+
+
+def _shifted(segment: Segment) -> KVSharing:
+    """The map of a segment's layers alone, from layer 0."""
+    return KVSharing(tuple(owner - segment.start for owner in segment.owners))
 
 
 def _check_depth(num_layers: int) -> None:

@@ -277,6 +277,56 @@ def test_refused_stages_name_the_counts_that_work():
         KVSharing(CLA2).stages(3)
 
 
+@given(owner_maps())
+@example(KEEP_ENDS)
+@example(CLA3)
+def test_a_pipeline_runs_the_same_layers_in_every_stage_and_no_kv_leaves_one(owners):
+    sharing, depth = KVSharing(owners), len(owners)
+    assert sharing.pipeline_stages[0] == 1
+    for n in range(-1, depth + 2):
+        if n == 1:
+            continue
+        if n not in sharing.pipeline_stages:
+            with pytest.raises(ValueError, match=rf"{n} pipeline stages.* that work"):
+                sharing.pipeline(n)
+            continue
+        stages = sharing.pipeline(n)
+        roles = {tuple(owners[i] - stage.start for i in stage) for stage in stages}
+        assert len(stages) == n
+        assert len(roles) == 1  # the owners are the stage's own, and alike
+        assert min(roles.pop()) == 0
+        inside = [layer for stage in stages for layer in stage]
+        assert inside == list(range(inside[0], inside[-1] + 1))
+        assert 2 * len(inside) > depth
+        beside = set(range(depth)) - set(inside)
+        assert {owners[i] for i in beside} <= beside
+
+
+@pytest.mark.parametrize(
+    ("owners", "counts", "outside"),
+    [(CLA2, (1, 2, 5, 10), []), (CLA3, (1, 2, 3, 6), [0, 1]), (CLA4, (1, 5), []),
+     (KEEP_ENDS, (1, 3, 9), [0, 19]), (tuple(range(20)), (1, 2, 4, 5, 10, 20), [])],
+)  # fmt: skip
+def test_pipelines_of_the_papers_patterns(owners, counts, outside):
+    sharing = KVSharing(owners)
+    assert sharing.pipeline_stages == counts
+    inside = [layer for stage in sharing.pipeline(counts[-1]) for layer in stage]
+    assert sorted(set(range(20)) - set(inside)) == outside
+
+
+@pytest.mark.parametrize(
+    ("owners", "stages", "why"),
+    [(KEEP_ENDS, 2, r"separate layers that share K/V.* work: 1, 3, 9 \(the nearest is 1\)"),
+     (CLA2, 3, "layers 0 to 19, 20 of 20, do not divide.* work: 1, 2, 5, 10 .*nearest is 2"),
+     (DENSE_FRONT, 2, "layers 0 to 9, shares K/V with other layers.*CLA2, CLA2-KeepEnds"),
+     (DENSE_BACK, 2, "layers 2 to 10, shares K/V with other layers.*none, CLA2"),
+     ((0, 1, 2, 2, 2, 5), 3, "is only 2 of 6 layers|shares K/V")],
+)  # fmt: skip
+def test_refused_pipelines_say_why_and_what_works(owners, stages, why):
+    with pytest.raises(ValueError, match=why):
+        KVSharing(owners).pipeline(stages)
+
+
 # --- what else follows from the map ---------------------------------------------------------------
 
 

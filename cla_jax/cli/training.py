@@ -37,8 +37,10 @@ class Train:
     data_dir: Path = Path("runs/data")
     """Where prepared text is kept, for the next run."""
     mesh: str = ""
-    """Devices, as in fsdp=4,tensor=2, or data, fsdp or tensor for all of them. Default: one device.
-    A run may be resumed on another mesh."""
+    """Devices, as in fsdp=4,tensor=2, or data, fsdp or tensor for all of them; stage=2,data=4 is a
+    pipeline. Default: one device. A run may be resumed on another mesh."""
+    microbatches: int | None = None
+    """Of a pipeline: parts that a batch is cut into. Default: up to four a stage."""
     resume: bool = False
     """Go on from the newest checkpoint in `--out`."""
     force: bool = False
@@ -52,8 +54,14 @@ class Train:
         if self.force and not self.resume:
             raise ValueError("--force is about a run that goes on: give --resume too")
         recipe = self.training
+        if self.microbatches is not None:
+            execution = dataclasses.replace(
+                recipe.execution, pipeline_microbatches=self.microbatches
+            )
+            recipe = dataclasses.replace(recipe, execution=execution)
         if self.mesh:
             recipe = dataclasses.replace(recipe, mesh=MeshConfig.parse(self.mesh))
+        if self.mesh or self.microbatches is not None:
             from cla_jax.parallel import check_mesh
 
             check_mesh(config, recipe)  # before text is prepared

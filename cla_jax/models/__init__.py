@@ -11,6 +11,7 @@ from cla_jax.models.attention import (
 )
 from cla_jax.models.decoder import Decoder, UnstackedDecoder
 from cla_jax.models.layers import DecoderLayer
+from cla_jax.models.pipeline import pipeline_layers
 from cla_jax.models.stack import scan_layers, stack_layers, unstack_layer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "UnstackedDecoder",
     "attend",
     "attend_behind",
+    "pipeline_layers",
     "scan_layers",
     "stack_layers",
     "unstack_layer",

@@ -178,6 +178,9 @@ def _attention(
     # cuDNN's masks are of even length in both directions.
     odd = None if mask is None else next((n for n in mask.shape[2:] if n % 2), mask.shape[2])
     path = attention_path(head_dim, q.dtype, odd)
+    if mask is not None and path.implementation == "cudnn" and shards("layers") > 1:
+        # A pipeline's stages run under jax.vmap, where JAX takes a mask for cuDNN only whole.
+        mask = jnp.broadcast_to(mask, (len(mask), q.shape[2], *mask.shape[2:]))
     padding = ((0, 0), (0, 0), (0, 0), (0, path.head_dim - head_dim))
     if path.head_dim != head_dim:
         q, kv = jnp.pad(q, padding), KV(jnp.pad(kv.k, padding), jnp.pad(kv.v, padding))

@@ -11,9 +11,10 @@ from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.models.attention import KV, LayerContext
 from cla_jax.models.layers import DecoderLayer
 from cla_jax.models.normalization import Norm
+from cla_jax.models.pipeline import pipeline_layers
 from cla_jax.models.rotary import positions_in_documents, rotary
 from cla_jax.models.sharding import constrain, laid_out, named
-from cla_jax.models.stack import scan_layers, stack_layers, unstack_layer
+from cla_jax.models.stack import stack_layers, unstack_layer
 
 
 class Decoder(nnx.Module):
@@ -96,11 +97,12 @@ class Decoder(nnx.Module):
         return constrain(x.astype(self.execution.compute_dtype), "batch", "length", "model")
 
     def _run_layers(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
-        return scan_layers(
-            lambda layer, x, kv: layer(x, kv, context),
+        return pipeline_layers(
+            lambda layer, x, kv, context: layer(x, kv, context),
             self.config.sharing,
             self.layers,
             x,
+            context,
             self.execution,
         )
 

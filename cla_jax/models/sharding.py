@@ -5,10 +5,12 @@ is laid out over is said by the rules in force (`use_rules`); without a mesh or 
 name is inert.
 
 Parameter axes: `vocab`, `embed` (D), `norm` (D of a norm), `heads` (N), `kv_heads` (K), `head_dim`
-(H), `mlp` (F), `layers` (the stacked axis of a segment), `pair` (gate/up or key/value).
-Activation axes: `batch` (B), `length` (T or S), `model` (D), `heads`, `kv_heads`, `head_dim`,
-`mlp`, `vocab`. Axes of a cache: `cache_batch`, `cache_heads`, where the query heads of what attends
-to it lie too.
+(H), `mlp` (F), `layers` (the stacked axis of a segment), `layers_outside` (of one beside a
+pipeline's body), `pair` (gate/up or key/value).
+Activation axes: `batch` (B), `batch_outside` (B where a layer runs beside a pipeline's stages),
+`batch_loss` (tokens of a chunk of the loss), `length` (T or S), `model` (D), `heads`, `kv_heads`,
+`head_dim`, `mlp`, `vocab`. Axes of a cache: `cache_batch`, `cache_heads`, where the query heads of
+what attends to it lie too.
 """
 
 import contextlib
@@ -22,7 +24,8 @@ from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
-Axes = tuple[str | None, ...]
+Axes = tuple[Any, ...]
+"""A name for each dimension; None: copied; `PartitionSpec.UNCONSTRAINED`: as it comes."""
 
 
 def named(*axes: str) -> dict[str, Any]:
@@ -56,10 +59,12 @@ def partition_spec(axes: Axes) -> PartitionSpec:
     Inside `jax.shard_map`, where a device sees its own shard, the axes that are mapped there are
     left out.
     """
-    return PartitionSpec(*(_mesh_axes(axis) or None for axis in axes))
+    keep = PartitionSpec.UNCONSTRAINED
+    return PartitionSpec(*(keep if axis is keep else mesh_axes(axis) or None for axis in axes))
 
 
-def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+def mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """Those that the rules in force lay a logical axis out over, but for axes mapped already."""
     given = dict(get_logical_axis_rules()).get(axis) if axis else None
     names = (given,) if isinstance(given, str) else tuple(given or ())
     manual = jax.sharding.get_abstract_mesh().manual_axes
@@ -69,15 +74,31 @@ def _mesh_axes(axis: str | None) -> tuple[str, ...]:
 def shards(axis: str) -> int:
     """Parts that a logical axis is split into; 1 without a mesh or rules."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _mesh_axes(axis))
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Ask for an activation to be laid out by its logical axes; nothing without a mesh."""
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """Ask for an activation to be laid out by its logical axes; nothing without a mesh.
+
+    Args:
+        x: the activation.
+        axes: as in `Axes`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual or not get_logical_axis_rules():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+@contextlib.contextmanager
+def rows_laid_out_as(axis: str) -> Iterator[None]:
+    """Inside, `batch` is laid out as another logical axis is; nothing without rules."""
+    rules = dict(get_logical_axis_rules())
+    if not rules:
+        yield
+        return
+    with use_rules(tuple({**rules, "batch": rules.get(axis, rules.get("batch"))}.items())):
+        yield
 
 
 def on_shards(

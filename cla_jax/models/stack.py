@@ -37,7 +37,8 @@ def stack_layers(
 
     Returns:
         `[segment][position]`, every array with a leading axis of the segment's repeats, whose
-        logical name is `layers`.
+        logical name is `layers`, or `layers_outside` beside a pipeline's body
+        (`KVSharing.pipeline_body`).
 
     Examples:
         >>> sharing = KVSharing.cla(num_layers=6, factor=2)
@@ -46,10 +47,11 @@ def stack_layers(
         >>> [layer.kernel.shape for segment in layers for layer in segment]
         [(3, 4, 8), (3, 4, 8)]
     """
+    body = sharing.pipeline_body
 
-    def stack(owns_kv: bool, repeats: int) -> nnx.Module:
+    def stack(owns_kv: bool, repeats: int, axis: str) -> nnx.Module:
         @jax.vmap
-        @functools.partial(nnx.transform_metadata, in_axes=0, out_axes=0, partition="layers")
+        @functools.partial(nnx.transform_metadata, in_axes=0, out_axes=0, partition=axis)
         def make(layer_rngs: nnx.Rngs) -> nnx.Module:
             return make_layer(owns_kv, layer_rngs)
 
@@ -57,10 +59,14 @@ def stack_layers(
 
     return nnx.List(
         nnx.List(
-            stack(source == position, segment.repeats)
+            stack(
+                source == position,
+                segment.repeats,
+                "layers" if body in (None, place) else "layers_outside",
+            )
             for position, source in enumerate(segment.sources)
         )
-        for segment in sharing.segments
+        for place, segment in enumerate(sharing.segments)
     )
 
 
@@ -116,28 +122,58 @@ def scan_layers[X](
             of dropout; batch statistics; a cache).
     """
     check_layers(sharing, layers)
+    return run_segments(layer, sharing, sharing.segments, layers, x, execution)
+
+
+def run_segments[X](
+    layer: LayerFn[X, Any],
+    sharing: KVSharing,
+    segments: Sequence[Segment],
+    layers: Layers,
+    x: X,
+    execution: ExecutionConfig,
+) -> X:
+    """`scan_layers` over some adjacent segments, which no K/V enters or leaves.
+
+    Args:
+        layer: as in `scan_layers`.
+        sharing: the whole map.
+        segments: some of its segments.
+        layers: the parameters of these.
+        x: what goes into the first of them.
+        execution: as in `scan_layers`.
+    """
     last_read = {owner: reader for reader, owner in enumerate(sharing.owners)}
     available: dict[int, Any] = {}
-    for segment, stacked in zip(sharing.segments, layers, strict=True):
+    for segment, stacked in zip(segments, layers, strict=True):
         last_repeat = segment.stop - segment.period
         exports = tuple(
             position
             for position, source in enumerate(segment.sources)
             if source == position and last_read[last_repeat + position] >= segment.stop
         )
-        body = _segment_body(layer, segment, available, exports)
+        body = segment_body(layer, segment, available, exports)
         with jax.named_scope(f"layers_{segment.start}_to_{segment.stop - 1}"):
-            x, exported = _run_segment(body, segment.repeats, list(stacked), x, execution)
+            scanned = execution.scan and segment.repeats > 1
+            body = rematerialised(body, execution.remat, inside_scan=scanned)
+            x, exported = segment_steps(body, segment.repeats, list(stacked), x, execution)
         available |= {
             last_repeat + position: kv for position, kv in zip(exports, exported, strict=True)
         }
     return x
 
 
-def _segment_body(
+def segment_body(
     layer: LayerFn[Any, Any], segment: Segment, outer: dict[int, Any], exports: tuple[int, ...]
 ) -> Callable[[Any, list[Any]], tuple[Any, tuple[Any, ...]]]:
-    """One repeat of a segment: `(x, parameters) -> (x, K/V of the exported owners)`."""
+    """One repeat of a segment: `(x, parameters) -> (x, K/V of the exported owners)`.
+
+    Args:
+        layer: as in `scan_layers`.
+        segment: of the map.
+        outer: K/V from before the segment, by absolute layer.
+        exports: the positions whose K/V somebody reads after the segment.
+    """
     closed_over = {~source: outer[~source] for source in segment.sources if source < 0}
 
     def body(x: Any, parameters: list[Any]) -> tuple[Any, tuple[Any, ...]]:
@@ -158,16 +194,15 @@ def _segment_body(
     return body
 
 
-def _run_segment(
+def segment_steps(
     body: Callable[..., Any],
     repeats: int,
     stacked: list[Any],
     x: Any,
     execution: ExecutionConfig,
 ) -> tuple[Any, tuple[Any, ...]]:
-    scanned = execution.scan and repeats > 1
-    body = _rematerialised(body, execution.remat, inside_scan=scanned)
-    if not scanned:
+    """Run a segment's body as often as it repeats; `scan` and `unroll` are used."""
+    if not (execution.scan and repeats > 1):
         exported: tuple[Any, ...] = ()
         for repeat in range(repeats):
             before = x
@@ -197,19 +232,35 @@ def _zeros(like: Any) -> jax.Array:
     return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
 
 
-def _rematerialised(
-    body: Callable[..., Any], remat: Remat, *, inside_scan: bool
+def rematerialised(
+    body: Callable[..., Any], remat: Remat, *, inside_scan: bool, batch_axes: int = 0
 ) -> Callable[..., Any]:
+    """A function whose backward pass recomputes what `remat` says.
+
+    Args:
+        body: the function.
+        remat: as in `ExecutionConfig`.
+        inside_scan: where it is run.
+        batch_axes: that every matrix product has, because `jax.vmap` gave them to it.
+    """
     policies = jax.checkpoint_policies
     if remat == "none":
         return body
     policy = {
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": functools.partial(_saves_products, batch_axes=batch_axes),
     }[remat]
     # Inside a scan nothing can merge the recomputation with the original, so the barriers that
     # prevent it are only cost; outside one, without them XLA undoes the rematerialisation.
     return jax.checkpoint(body, policy=policy, prevent_cse=not inside_scan)
+
+
+def _saves_products(primitive: Any, *_: Any, batch_axes: int, **parameters: Any) -> bool:
+    """Matrix products without a batch dimension of their own, which are the layers' projections."""
+    if primitive is not jax.lax.dot_general_p:
+        return False
+    _, (batch, _) = parameters["dimension_numbers"]
+    return len(batch) <= batch_axes
 
 
 def _at(stacked: Any, repeat: int) -> Any:

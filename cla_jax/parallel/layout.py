@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from cla_jax._mesh import MeshConfig
 from cla_jax.configs import ModelConfig, TrainConfig
 from cla_jax.models.sharding import use_rules
 from cla_jax.parallel.mesh import make_mesh, resolve_mesh
+from cla_jax.parallel.pipeline import check_pipeline
 from cla_jax.parallel.rules import Rules
 
 
@@ -68,14 +70,9 @@ def make_layout(
     """The layout of a model on a mesh; None for a mesh of one device, which is none.
 
     Raises:
-        ValueError: sizes that do not fit the devices or the model; names those that do. `stage`
-            above 1: nothing runs a pipeline yet.
+        ValueError: sizes that do not fit the devices or the model; names those that do.
     """
     resolved = resolve_mesh(mesh, devices)
-    if resolved.stage > 1:
-        raise ValueError(
-            f"mesh {mesh}: nothing runs in stages yet; data, fsdp and tensor are the axes that work"
-        )
     rules = Rules.of(model, resolved)
     if resolved.devices == 1:
         return None
@@ -86,10 +83,11 @@ def check_mesh(model: ModelConfig, training: TrainConfig) -> None:
     """Whether a model can be trained on the mesh that its recipe names.
 
     Raises:
-        ValueError: sizes that do not fit devices, model or (micro-)batch; names those that do.
+        ValueError: sizes that do not fit devices, model or (micro-)batch, microbatches of a
+            pipeline that do not divide it or that no stage is there for; names those that do.
     """
     mesh = resolve_mesh(training.mesh)
-    make_layout(mesh, model)
+    layout = make_layout(mesh, model)
     shards = mesh.batch_shards
     rows = training.micro_batch_size or training.data.batch_size
     if rows % shards:
@@ -98,12 +96,21 @@ def check_mesh(model: ModelConfig, training: TrainConfig) -> None:
             f"mesh {mesh} splits a batch by {shards} (data and fsdp), which does not divide "
             f"{field}={rows}; the nearest that works is {max(round(rows / shards), 1) * shards}"
         )
-    chunk = training.execution.loss_chunk
-    if chunk % shards:
+    check_pipeline(model, training.execution, mesh, rows)
+    if layout is None:
+        return
+    over = layout.rules.batch_loss
+    parts = math.prod(mesh.sizes[axis] for axis in over)
+    whole, chunk = rows * training.data.sequence_length, training.execution.loss_chunk
+    if (tokens := min(chunk or whole, whole)) % parts:
+        what, number, unit = (
+            (f"loss_chunk={chunk} (tokens over all devices)", tokens, "")
+            if tokens == chunk
+            else (f"the {whole} tokens of {rows} rows", rows, " rows")
+        )
         raise ValueError(
-            f"mesh {mesh} splits a batch by {shards} (data and fsdp), which does not divide "
-            f"loss_chunk={chunk} (tokens over all devices); the nearest that works is "
-            f"{max(round(chunk / shards), 1) * shards}"
+            f"mesh {mesh} splits the loss by {parts} ({', '.join(over)}), which does not divide "
+            f"{what}; the nearest that works is {max(round(number / parts), 1) * parts}{unit}"
         )
 
 

@@ -4,6 +4,7 @@ A new layout is another value of `Rules`; no model code knows a mesh axis.
 """
 
 import dataclasses
+import math
 
 from jax.sharding import PartitionSpec
 
@@ -28,9 +29,12 @@ class Rules:
         head_dim: `H`.
         mlp: `F`, of parameters and activations.
         layers: the stacked axis of a segment.
+        layers_outside: of a segment beside a pipeline's body.
         pair: gate and up, key and value.
         norm: a norm's scale and bias.
         batch: rows of activations.
+        batch_outside: rows where a layer runs beside a pipeline's stages.
+        batch_loss: tokens of a chunk of the loss.
         length: tokens of a row.
         model: `D` of activations.
         cache_batch: rows of a cache, and of what attends to it.
@@ -44,9 +48,12 @@ class Rules:
     head_dim: Axes = ()
     mlp: Axes = ("tensor",)
     layers: Axes = ("stage",)
+    layers_outside: Axes = ()
     pair: Axes = ()
     norm: Axes = ()
     batch: Axes = ("data", "fsdp")
+    batch_outside: Axes = ("data", "fsdp", "stage")
+    batch_loss: Axes = ("data", "fsdp")
     length: Axes = ()
     model: Axes = ()
     cache_batch: Axes = ("data", "fsdp")
@@ -58,18 +65,25 @@ class Rules:
 
         Fewer KV heads than tensor shards: the small K/V projection is copied, and a cache is split
         by rows over `tensor` too (Pope et al. 2022, section 3.3), so that no device holds another's
-        bytes. A vocabulary that does not divide is copied.
+        bytes. A vocabulary is split over `tensor` and `stage`, over one of them, or copied: what
+        divides it. Where it is not split over `stage`, the loss's tokens are.
 
         Raises:
-            ValueError: heads, feed-forward or model width do not divide; names the sizes that work.
+            ValueError: heads, feed-forward or model width do not divide, stages that the sharing
+                map cannot be cut into; names the sizes that work.
         """
         _check(config, mesh)
         rules = cls()
         if config.kv_heads % mesh.tensor:
             rows = (*rules.cache_batch, "tensor")
             rules = dataclasses.replace(rules, kv_heads=(), cache_heads=(), cache_batch=rows)
-        if config.vocab_size % (mesh.tensor * mesh.stage):
-            rules = dataclasses.replace(rules, vocab=())
+        sizes = mesh.sizes
+        alone: list[Axes] = [(axis,) for axis in rules.vocab if sizes[axis] > 1]
+        ways = (rules.vocab, *alone, ())
+        divide = (w for w in ways if config.vocab_size % math.prod(sizes[a] for a in w) == 0)
+        rules = dataclasses.replace(rules, vocab=next(divide))
+        if "stage" not in rules.vocab:
+            rules = dataclasses.replace(rules, batch_loss=rules.batch_outside)
         return rules
 
     @property
@@ -105,3 +119,8 @@ def _check(config: ModelConfig, mesh: MeshConfig) -> None:
             f"{config.name}: fsdp={mesh.fsdp} does not divide d_model={D}; the nearest size that "
             f"does is {nearest_divisor(D, mesh.fsdp)}"
         )
+    if mesh.stage > 1:
+        try:
+            config.sharing.pipeline(mesh.stage)
+        except ValueError as error:
+            raise ValueError(f"{config.name}: {error}") from None

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from cla_jax.configs import nearest_divisor
 from cla_jax.models import Decoder
-from cla_jax.models.sharding import constrain, shards
+from cla_jax.models.sharding import constrain, rows_laid_out_as, shards
 
 type _Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -36,9 +36,11 @@ def token_losses(
     chunk = _chunk(model, targets.size)
     if chunk == targets.size:
         return losses(hidden, targets)
-    rows = (_in_chunks(chunk, hidden)[:, None], _in_chunks(chunk, targets)[:, None])
-    chunked = jax.lax.map(lambda xy: losses(*xy), rows)
-    return _out_of_chunks(chunked[:, 0], targets.shape)
+    # Rows of one token each: as such they are split.
+    rows = (_in_chunks(chunk, hidden)[:, :, None], _in_chunks(chunk, targets)[:, :, None])
+    with rows_laid_out_as("batch_loss"):
+        chunked = jax.lax.map(lambda xy: losses(*xy), rows)
+    return _out_of_chunks(chunked[:, :, 0], targets.shape)
 
 
 def weighted_loss(
@@ -90,7 +92,12 @@ def _hidden_and_targets(
 def _chunk(model: Decoder, tokens: int) -> int:
     chunk = model.execution.loss_chunk
     check_loss_chunk(chunk, tokens)
-    return min(chunk or tokens, tokens)
+    taken, parts = min(chunk or tokens, tokens), shards("batch_loss")
+    if taken % parts:
+        raise ValueError(
+            f"the mesh splits the loss by {parts}, which does not divide {taken} tokens"
+        )
+    return taken
 
 
 @jax.custom_vjp
@@ -158,7 +165,7 @@ def _losses(
 
 def _in_chunks(chunk: int, x: jax.Array) -> jax.Array:
     """`[B, T, ...]` as `[chunks, chunk, ...]`; on a mesh every device has its share of each."""
-    parts = shards("batch")
+    parts = shards("batch_loss")
     if parts == 1:
         return x.reshape(-1, chunk, *x.shape[2:])
     dealt = x.reshape(parts, -1, chunk // parts, *x.shape[2:]).swapaxes(0, 1)
@@ -167,7 +174,7 @@ def _in_chunks(chunk: int, x: jax.Array) -> jax.Array:
 
 def _out_of_chunks(chunked: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of `_in_chunks`, for `[chunks, chunk]`."""
-    parts = shards("batch")
+    parts = shards("batch_loss")
     if parts == 1:
         return chunked.reshape(shape)
     chunks, chunk = _split(chunked).shape
@@ -175,4 +182,4 @@ def _out_of_chunks(chunked: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _split(chunked: jax.Array) -> jax.Array:
-    return constrain(chunked, None, "batch", *[None] * (chunked.ndim - 2))
+    return constrain(chunked, None, "batch_loss", *[None] * (chunked.ndim - 2))

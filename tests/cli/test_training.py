@@ -92,6 +92,9 @@ def test_meshes_are_refused_before_text_or_model_is_read(run, tmp_path, monkeypa
     for arguments, part in [
         ([*train, "fdsp=2"], "the nearest is 'fsdp'"), ([*train, "fsdp=64"], "what works: fsdp=8"),
         ([*generate, "tensor=2,tensor=4"], "tensor twice"),
+        ([*train, "stage=2"], "separate layers that share K/V; stage counts that work: 1, 3"),
+        ([*train, "stage=3", "--microbatches", "7"], "pipeline_microbatches=7 does not divide"),
+        ([*train, "data=2", "--microbatches", "4"], "mesh data=2 has no stages"),
     ]:  # fmt: skip
         code, _, error = run(*arguments)
         assert code == 1

@@ -42,9 +42,9 @@ def test_every_parameter_names_every_axis_by_its_size(architecture, sharing):
         axes, shape = logical_axes(parameter), parameter.get_value().shape
         assert len(axes) == len(shape), path
         assert len(set(axes)) == len(axes), path
-        assert (axes[0] == "layers") == ("layers" in path), path
+        assert (axes[0] in ("layers", "layers_outside")) == ("layers" in path), path
         for axis, size in zip(axes, shape, strict=True):
-            if axis == "layers":
+            if axis in ("layers", "layers_outside"):
                 assert size == sharing.segments[path[1]].repeats, path
             elif axis == "pair":
                 assert size in (1, 2), path

@@ -7,6 +7,7 @@ from cla_jax.parallel import Layout, make_layout
 from cla_jax.sharing import KVSharing
 from cla_jax.training import Model
 
+# Without stages, for which see PIPELINED.
 MESHES = ("data=8", "fsdp=8", "tensor=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
 PATTERNS = {
     "MQA": (KVSharing.none(2), 1),
@@ -15,11 +16,19 @@ PATTERNS = {
     "CLA4": (KVSharing.cla(4, 4), 2),
     "KeepEnds": (KVSharing.keep_ends(4), 1),
 }
+# Deep enough for two stages.
+PIPELINED = {
+    "deep MQA": (KVSharing.none(4), 1),
+    "deep GQA4": (KVSharing.none(4), 4),
+    "deep CLA2": (KVSharing.cla(4, 2), 1),
+    "deep CLA4": (KVSharing.cla(8, 4), 2),
+    "deep KeepEnds": (KVSharing.keep_ends(6), 1),
+}
 FLOAT32 = ExecutionConfig(compute_dtype="float32")
 
 
 def config_of(pattern: str) -> ModelConfig:
-    sharing, kv_heads = PATTERNS[pattern]
+    sharing, kv_heads = (PATTERNS | PIPELINED)[pattern]
     return ModelConfig(
         name=pattern, sharing=sharing, d_model=32, ffn_dim=48, query_heads=8, kv_heads=kv_heads,
         head_dim=4, vocab_size=64, sequence_length=128, separate_kv_norm=True, init_std=0.2,

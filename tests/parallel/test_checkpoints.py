@@ -14,30 +14,32 @@ from cla_jax.training.optimizer import make_optimizer
 from cla_jax.training.step import state_shardings
 from tests.parallel.models import layout_of, model_of
 
-MESHES = ("none", "data=8", "fsdp=8", "fsdp=4,tensor=2", "tensor=8")
+# Layers 1 to 4 of six are in stages.
+MODEL = model_of("deep KeepEnds")
+STAGES = "stage=2,fsdp=2,tensor=2"
+MESHES = ("none", "data=8", "fsdp=8", "fsdp=4,tensor=2", "tensor=8", "stage=2,data=4", STAGES)
 OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
-IDENTITY = {"model": {"name": "CLA2"}}
+IDENTITY = {"model": {"name": "KeepEnds"}}
 
 
 @functools.cache
 def values():
     """A state of random numbers: that of step 0 is mostly zeros."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_state(model_of("CLA2"), OPTIMIZER, 0))
+    shapes = jax.eval_shape(lambda: init_state(MODEL, OPTIMIZER, 0))
     return jax.tree.map(lambda x: rng.integers(0, 99, x.shape).astype(x.dtype), shapes)
 
 
 def placed(mesh):
-    layout = layout_of("CLA2", mesh)
+    layout = layout_of("deep KeepEnds", mesh)
     if layout is None:
         return jax.tree.map(jax.numpy.asarray, values())
-    return jax.device_put(values(), state_shardings(model_of("CLA2"), OPTIMIZER, layout))
+    return jax.device_put(values(), state_shardings(MODEL, OPTIMIZER, layout))
 
 
 @pytest.mark.parametrize(
     "saved_on",
-    ["none", "fsdp=4,tensor=2", *(pytest.param(m, marks=pytest.mark.slow)
-                                  for m in ("data=8", "fsdp=8", "tensor=8"))],
+    [STAGES, *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m != STAGES)],
 )  # fmt: skip
 def test_any_mesh_to_any_other(saved_on, tmp_path):
     with Checkpoints(tmp_path, IDENTITY) as checkpoints:
@@ -52,7 +54,7 @@ def test_any_mesh_to_any_other(saved_on, tmp_path):
             jax.tree.leaves(restored.state), jax.tree.leaves(like), strict=True
         ):
             assert there.sharding == wanted.sharding
-    shapes = jax.eval_shape(lambda: model_of("CLA2").init(0))
+    shapes = jax.eval_shape(lambda: MODEL.init(0))
     _, params = load_params(tmp_path, IDENTITY["model"], shapes)
     jax.tree.map(np.testing.assert_array_equal, params, values().params)
     assert all(isinstance(a.sharding, SingleDeviceSharding) for a in jax.tree.leaves(params))

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from cla_jax.configs import DataConfig, ExecutionConfig, MeshConfig, TrainConfig
+from cla_jax.models.pipeline import microbatches
 from cla_jax.parallel import Rules, check_mesh, make_layout, make_mesh
+from cla_jax.sharing import KVSharing
 from tests.parallel.models import config_of
 
 
@@ -76,7 +78,11 @@ def test_rules_of_few_kv_heads_and_odd_vocabularies():
     assert many.vocab == ("tensor", "stage")
     bytes_and_end = dataclasses.replace(config_of("MQA"), vocab_size=257)
     odd = Rules.of(bytes_and_end, MeshConfig(tensor=2))
-    assert odd.vocab == ()
+    assert (odd.vocab, odd.batch_loss) == ((), ("data", "fsdp", "stage"))
+    thirds = Rules.of(
+        dataclasses.replace(bytes_and_end, vocab_size=258), MeshConfig(tensor=4, stage=2)
+    )
+    assert (thirds.vocab, thirds.batch_loss) == (("stage",), ("data", "fsdp"))
 
 
 @pytest.mark.parametrize(
@@ -84,10 +90,11 @@ def test_rules_of_few_kv_heads_and_odd_vocabularies():
     [("tensor=3", "MQA", ["tensor=3", "8 query heads", "1, 2, 4, 8"]),
      ("tensor=5", "GQA4", ["tensor=5", "sizes that work: 1, 2, 4, 8"]),
      ("fsdp=3", "MQA", ["fsdp=3", "d_model=32", "nearest size that does is 2"]),
-     ("stage=2", "MQA", ["stage=2", "nothing runs in stages yet"])],
+     ("stage=2", "CLA2", ["2 pipeline stages", "separate layers", "counts that work: 1 "]),
+     ("stage=4", "MQA", ["4 pipeline stages", "stage counts that work: 1, 2"])],
 )  # fmt: skip
 def test_models_that_do_not_divide(mesh, pattern, parts):
-    with pytest.raises(ValueError, match=mesh) as error:
+    with pytest.raises(ValueError, match=f"{pattern}: ") as error:
         make_layout(MeshConfig.parse(mesh), config_of(pattern))
     assert all(part in str(error.value) for part in parts), error.value
 
@@ -105,3 +112,33 @@ def test_batches_that_do_not_divide(batch, micro, chunk, part):
     )  # fmt: skip
     with pytest.raises(ValueError, match=re.escape(part)):
         check_mesh(config_of("MQA"), training)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "mesh", "batch", "microbatches", "part"),
+    [("MQA", "stage=2,data=2", 16, 16,
+      "pipeline_microbatches=16 does not divide a batch of 16 rows on each of 2 data and fsdp "
+      "shards; the nearest that does is 8"),
+     ("MQA", "stage=2", 16, 5, "of 16 rows; the nearest that does is 4"),
+     ("MQA", "data=2", 16, 4, "pipeline_microbatches=4, but mesh data=2 has no stages"),
+     ("KeepEnds8", "stage=3,data=2", 16, 4, "split 16 rows by 6 (data, fsdp and stage"),
+     ("KeepEnds8", "stage=3,data=2", 16, 4, "the nearest number of rows that works is 18"),
+     ("KeepEnds8", "stage=2", 16, 4, "stage counts that work: 1, 3"),
+     ("Five", "stage=5", 16, 4, "splits the loss by 5 (data, fsdp, stage), which does not divide "
+      "the 256 tokens of 16 rows; the nearest that works is 15 rows")],
+)  # fmt: skip
+def test_pipelines_that_do_not_divide(pattern, mesh, batch, microbatches, part):
+    sharing = KVSharing.keep_ends(8) if pattern == "KeepEnds8" else KVSharing.none(10)
+    training = TrainConfig(
+        1, data=DataConfig(16, batch), mesh=MeshConfig.parse(mesh),
+        execution=ExecutionConfig(pipeline_microbatches=microbatches),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=re.escape(part)):
+        check_mesh(dataclasses.replace(config_of("MQA"), sharing=sharing), training)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shards", "count"), [(64, 1, 8), (12, 1, 6), (64, 16, 4), (7, 7, 1)]
+)
+def test_microbatches_that_nobody_named_divide(rows, shards, count):
+    assert microbatches(ExecutionConfig(), rows, 2, shards) == count

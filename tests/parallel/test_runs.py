@@ -96,10 +96,47 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     assert len(jax.tree.leaves(again.params)[0].devices()) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("begun", "resumed"), [("stage=2,data=2", "tensor=2"), ("fsdp=2", "stage=2,tensor=2")]
+)
+def test_a_run_goes_on_in_stages_and_without(begun, resumed, tmp_path):
+    config = dataclasses.replace(CONFIG, sharing=KVSharing.cla(4, 2))
+    streams = write_streams(tmp_path / "streams", TEXT)
+    train(config, TRAINING, streams, tmp_path / "alone")
+
+    def on(mesh):
+        count = 2 if "stage" in mesh else 0
+        execution = dataclasses.replace(TRAINING.execution, pipeline_microbatches=count)
+        return dataclasses.replace(
+            TRAINING, mesh=MeshConfig.parse(mesh), execution=execution, micro_batch_size=4
+        )
+
+    def stop(record):
+        if record["step"] == 5:
+            raise StopError
+
+    run = tmp_path / "run"
+    with pytest.raises(StopError):
+        train(config, on(begun), streams, run, on_record=stop)
+    train(config, on(resumed), streams, run, resume=True)
+    assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    saved = json.loads((run / "config.json").read_text())
+    again = json.loads((run / "resumes.jsonl").read_text())
+    assert again["step"] == 3
+    meshes = [MeshConfig.parse(r["mesh"]) for r in (saved, again)]
+    assert meshes == [MeshConfig.parse(begun), MeshConfig.parse(resumed)]
+    counts = [r["execution"]["pipeline_microbatches"] for r in (saved, again)]
+    assert counts == [2 * ("stage" in begun), 2 * ("stage" in resumed)]
+    with pytest.raises(ValueError, match="mesh stage=2: stages are for training"):
+        load(run, mesh=MeshConfig(stage=2))
+
+
 @pytest.mark.parametrize(
     ("mesh", "part"),
     [("fsdp=16", "16 devices, and there are 8"), ("tensor=8", "tensor sizes that work: 1, 2, 4"),
-     ("data=3", "does not divide batch_size=8; the nearest that works is 9")],
+     ("data=3", "does not divide batch_size=8; the nearest that works is 9"),
+     ("stage=2", "a cut would separate layers that share K/V; stage counts that work: 1")],
 )  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(mesh, part, tmp_path):
     streams = write_streams(tmp_path / "streams", TEXT)

@@ -1,0 +1,235 @@
+"""`pipeline_layers`: `scan_layers` in stages, each on devices of its own.
+
+GPipe (Huang et al. 2019). The stacked axis of the map's body (`KVSharing.pipeline_body`) is split
+over the mesh axis that `layers` is laid out over, here called the stages. Rows are cut into
+microbatches; at every tick each stage runs its layers on another microbatch and hands the
+activations to the next by a collective permute. All stages' activations are one array
+`[stages, microbatch, T, D]` that is split by stage, and a tick is a stage's program under
+`jax.vmap`: K/V live inside that program alone, so there is nothing to carry them between stages.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from cla_jax.configs import ExecutionConfig, nearest_divisor
+from cla_jax.models.sharding import constrain, mesh_axes, rows_laid_out_as, shards
+from cla_jax.models.stack import (
+    Layers,
+    check_kept,
+    check_layers,
+    rematerialised,
+    run_segments,
+    segment_body,
+    segment_steps,
+)
+from cla_jax.sharing import KVSharing, Segment
+
+type ContextLayerFn[X, P, C] = Callable[[P, X, Any, C], tuple[X, Any]]
+"""`layer(parameters, x, kv, context) -> (x, kv)`: a `LayerFn` that is handed what it reads beside
+its input, since a stage reads only that of its microbatch."""
+
+_MICROBATCHES_PER_STAGE = 4  # from which on the bubble is small (GPipe, section 2.3)
+
+
+def pipeline_layers[X, C](
+    layer: ContextLayerFn[X, Any, C],
+    sharing: KVSharing,
+    layers: Layers,
+    x: X,
+    context: C,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 (frozen)
+) -> X:
+    """Run `x` through every layer, as `scan_layers` does, in the stages of the mesh in force.
+
+    Without a mesh, or with one stage, it is `scan_layers`. To be traced under `jax.jit`.
+
+    Args:
+        layer: `layer(parameters, x, kv, context) -> (x, kv)`; pure. It also runs on rows whose
+            results nobody reads, while the pipeline fills and drains.
+        sharing: the map.
+        layers: stacked parameters, as `stack_layers` makes them.
+        x: any pytree of arrays `[B, ...]` whose shapes and dtypes every layer keeps.
+        context: any pytree of arrays whose first axis is `B`, or 1: for all rows.
+        execution: as in `scan_layers`; `remat` is of a whole stage, which keeps its input of every
+            microbatch. `pipeline_microbatches`: see `microbatches`.
+
+    Returns:
+        `x` after the last layer.
+
+    Raises:
+        ValueError: as `scan_layers`; stages that the map cannot be cut into, rows that the
+            microbatches do not divide.
+    """
+    stages = shards("layers")
+
+    def with_context(parameters: Any, x: X, kv: Any) -> tuple[X, Any]:
+        return layer(parameters, x, kv, context)
+
+    check_layers(sharing, layers)
+    if stages == 1:
+        return run_segments(with_context, sharing, sharing.segments, layers, x, execution)
+    sharing.pipeline(stages)  # refuses
+    place = sharing.pipeline_body
+    assert place is not None
+    count = microbatches(execution, len(jax.tree.leaves(x)[0]), stages, shards("batch"))
+
+    def outside(x: X, segments: slice) -> X:
+        """Layers in no stage: every stage's devices run them on some of the rows."""
+        if not (beside := sharing.segments[segments]):
+            return x
+        with rows_laid_out_as("batch_outside"):
+            x = run_segments(
+                with_context, sharing, beside, layers[segments], _rows(x), execution
+            )  # fmt: skip
+        return _rows(x)
+
+    x, context = jax.tree.map(jnp.asarray, (x, context))
+    x = outside(x, slice(0, place))
+    x = _body(layer, sharing.segments[place], layers[place], x, context, execution, stages, count)
+    return outside(x, slice(place + 1, None))
+
+
+def microbatches(execution: ExecutionConfig, rows: int, stages: int, shards: int = 1) -> int:
+    """Parts that a batch is cut into for a pipeline.
+
+    Args:
+        execution: whose `pipeline_microbatches` is taken; 0: the most that divide the rows, up to
+            four a stage.
+        rows: of the batch.
+        stages: of the pipeline.
+        shards: parts that every microbatch's rows are split into.
+
+    Raises:
+        ValueError: they do not divide the rows; names the nearest number that does.
+    """
+    count, whole = execution.pipeline_microbatches, rows // shards
+    if not count:
+        most = min(_MICROBATCHES_PER_STAGE * stages, whole)
+        return max(n for n in range(1, max(most, 1) + 1) if whole % n == 0)
+    if rows % (count * shards):
+        over = f" on each of {shards} data and fsdp shards" if shards > 1 else ""
+        raise ValueError(
+            f"pipeline_microbatches={count} does not divide a batch of {rows} rows{over}; the "
+            f"nearest that does is {nearest_divisor(max(whole, 1), count)}"
+        )
+    return count
+
+
+def _body(
+    layer: ContextLayerFn[Any, Any, Any],
+    segment: Segment,
+    stacked: Any,
+    x: Any,
+    context: Any,
+    execution: ExecutionConfig,
+    stages: int,
+    count: int,
+) -> Any:
+    """The segment in stages. Axes: `C` microbatches, `P` stages, `ticks` = `C + P - 1`."""
+    rows, ticks = len(jax.tree.leaves(x)[0]), count + stages - 1
+    parameters = jax.tree.map(
+        lambda a: _by_stage(jnp.asarray(a).reshape(stages, -1, *a.shape[1:]), 0), list(stacked)
+    )
+    leaves, structure = jax.tree.flatten(context)
+    own = [leaf.shape[0] == rows and rows > 1 for leaf in leaves]
+    leaves = [_cut(leaf, count) if mine else leaf for leaf, mine in zip(leaves, own, strict=True)]
+
+    def stage(parameters: Any, x: Any, number: jax.Array, tick: jax.Array) -> Any:
+        microbatch = jnp.clip(tick - number, 0, count - 1)
+        here = [
+            jax.lax.dynamic_index_in_dim(leaf, microbatch, keepdims=False) if mine else leaf
+            for leaf, mine in zip(leaves, own, strict=True)
+        ]
+        read = structure.unflatten(here)
+        body = segment_body(lambda p, x, kv: layer(p, x, kv, read), segment, {}, ())
+        return segment_steps(body, segment.repeats // stages, parameters, x, execution)[0]
+
+    stage = rematerialised(stage, execution.remat, inside_scan=True, batch_axes=1)
+    (axis,) = mesh_axes("layers")
+    all_stages = jax.vmap(stage, in_axes=(0, 0, 0, None), spmd_axis_name=axis)
+    numbers = jnp.arange(stages, dtype=jnp.int32)
+
+    # What enters stage 0 at every tick. The ticks that drain the pipeline, and the other stages at
+    # first, have rows of no account: real ones, so that no layer meets what it was not made for.
+    cut = jax.tree.map(lambda a: _cut(a, count), x)
+    first = jax.tree.map(
+        lambda a: _by_stage(jnp.broadcast_to(a[:1], (stages, *a.shape[1:])), 0, "batch"),
+        jax.lax.stop_gradient(cut),
+    )
+    entering = jax.tree.map(lambda a: _entering(a, numbers, ticks), cut)
+
+    def tick(previous: Any, now: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+        number, fresh = now
+        x = jax.tree.map(
+            lambda new, old: jnp.where(_against(numbers, 0, new) == 0, new, old), fresh, previous
+        )
+        after = all_stages(parameters, x, numbers, number)
+        check_kept(x, after)
+        after = jax.tree.map(lambda a: _by_stage(a, 0, "batch"), after)
+        return _to_next_stage(after, axis, stages), after
+
+    _, left = jax.lax.scan(tick, first, (jnp.arange(ticks, dtype=jnp.int32), entering))
+    return jax.tree.map(lambda a: _joined(_of_last_stage(a[stages - 1 :], numbers)), left)
+
+
+def _to_next_stage(x: Any, axis: str, stages: int) -> Any:
+    """`[P, ...]` with every stage's part at the next; stage 0 gets zeros."""
+    pairs = [(stage, stage + 1) for stage in range(stages - 1)]
+    spec = PartitionSpec(axis)
+
+    def send(x: Any) -> Any:
+        return jax.tree.map(lambda a: jax.lax.ppermute(a, axis, pairs), x)
+
+    return jax.shard_map(send, in_specs=spec, out_specs=spec, axis_names={axis})(x)
+
+
+def _entering(cut: jax.Array, numbers: jax.Array, ticks: int) -> jax.Array:
+    """`[C, ...]` as `[ticks, P, ...]`: a tick's microbatch at stage 0, zeros at the others.
+
+    Made before the loop: its gradients are then summed over stages once, and not at every tick.
+    """
+    last = jnp.broadcast_to(cut[-1:], (ticks - len(cut), *cut.shape[1:]))
+    fresh = jnp.concatenate([cut, jax.lax.stop_gradient(last)])[:, None]
+    at_first = jnp.where(_against(numbers, 1, fresh) == 0, fresh, jnp.zeros_like(fresh))
+    return _by_stage(at_first, 1, "batch")
+
+
+def _of_last_stage(x: jax.Array, numbers: jax.Array) -> jax.Array:
+    """`[C, P, ...]` of the last stage, for all: the others are zeros in a sum over stages."""
+    last = jnp.where(_against(numbers, 1, x) == len(numbers) - 1, x, jnp.zeros_like(x))
+    # Not jnp.sum, which would send 16-bit numbers as float32: all but one are zero.
+    return jax.lax.reduce_sum(last, axes=[1])
+
+
+def _cut(x: jax.Array, count: int) -> jax.Array:
+    """`[B, ...]` as microbatches `[C, B / C, ...]`.
+
+    Strided, not contiguous: every device keeps rows of its own in each.
+    """
+    cut = x.reshape(len(x) // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(cut, None, "batch", *[None] * (cut.ndim - 2))
+
+
+def _joined(cut: jax.Array) -> jax.Array:
+    """The inverse of `_cut`."""
+    return _rows(cut.swapaxes(0, 1).reshape(-1, *cut.shape[2:]))
+
+
+def _rows(x: Any) -> Any:
+    return jax.tree.map(lambda a: constrain(a, "batch", *[None] * (a.ndim - 1)), x)
+
+
+def _by_stage(x: jax.Array, place: int, *after: str) -> jax.Array:
+    """Split by stage along an axis; the other axes as they are, but for those named after it."""
+    keep = PartitionSpec.UNCONSTRAINED
+    axes = [*[keep] * place, "layers", *after]
+    return constrain(x, *axes, *[keep] * (x.ndim - len(axes)))
+
+
+def _against(numbers: jax.Array, place: int, like: jax.Array) -> jax.Array:
+    """Stages' numbers along one axis of `like`."""
+    return numbers.reshape([-1 if i == place else 1 for i in range(like.ndim)])

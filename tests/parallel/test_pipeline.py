@@ -1,0 +1,288 @@
+"""Pipelines: losses and gradients are those of one device, and what crosses stages is known."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cla_jax.configs import ExecutionConfig, MeshConfig
+from cla_jax.models import pipeline_layers, scan_layers
+from cla_jax.models.attention import AttentionPath
+from cla_jax.parallel import in_force, make_layout, pipeline_ideal
+from cla_jax.registry import model as registered
+from cla_jax.sharing import KVSharing
+from cla_jax.training import Model
+from cla_jax.training.loss import weighted_loss
+from tests.models.reference import QUICK_COMPILE
+from tests.parallel.hlo import across_stages, permuted, read_groups
+from tests.parallel.models import PIPELINED, config_of
+
+ROWS, T, D, MICROBATCHES, CHUNK = 16, 16, 32, 4, 128
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 63, (ROWS, T + 1)).astype(np.int32)
+MASK = RNG.integers(0, 2, (ROWS, T)).astype(np.float32)
+DOCUMENTS = np.sort(RNG.integers(0, 3, (ROWS, T + 1)), axis=1).astype(np.int32)
+MESHES = ("stage=2", "stage=2,data=4", "stage=2,fsdp=4", "stage=2,tensor=4",
+          "stage=2,data=2,tensor=2")  # fmt: skip
+
+# Layers beside the stages, few KV heads, and products; all others are slow.
+QUICK = {("deep CLA2", "stage=2,data=2,tensor=2"), ("deep KeepEnds", "stage=2,fsdp=4")}
+ALL = [
+    pytest.param(p, m, marks=() if (p, m) in QUICK else pytest.mark.slow)
+    for p in PIPELINED
+    for m in (*MESHES, *(["stage=4,data=2"] if p in ("deep MQA", "deep GQA4") else []))
+]
+
+
+@functools.cache
+def step(pattern, mesh, documents=False, vocab=64, **execution):
+    """The traced loss and gradients, and what they are called with."""
+    settings = {"compute_dtype": "float32", "loss_chunk": CHUNK} | execution
+    config = dataclasses.replace(config_of(pattern), vocab_size=vocab)
+    model = Model(config, ExecutionConfig(pipeline_microbatches=MICROBATCHES, **settings))
+    layout = make_layout(MeshConfig.parse(mesh), config)
+    batch = {"tokens": TOKENS, "weights": MASK / MASK.sum()}
+    batch |= {"documents": DOCUMENTS} if documents else {}
+    params = model.init(0)
+    if layout is not None:
+        params, batch = jax.device_put(params, layout.of(model.axes)), layout.batch(batch)
+
+    def loss(params, batch):
+        return weighted_loss(
+            model(params), batch["tokens"], batch["weights"], batch.get("documents")
+        )
+
+    with in_force(layout):
+        run = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK_COMPILE)
+        return run.trace(params, batch), (params, batch), layout
+
+
+@functools.cache
+def compiled(*arguments, **execution):
+    traced, given, layout = step(*arguments, **execution)
+    with in_force(layout):
+        return traced.lower().compile(), given
+
+
+@functools.cache
+def loss_and_gradients(*arguments, **execution):
+    program, given = compiled(*arguments, **execution)
+    return jax.tree.map(np.asarray, program(*given))
+
+
+def errors(found, expected):
+    return max(
+        jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), found,
+                                     expected))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "mesh"), ALL)
+def test_loss_and_gradients_are_those_of_one_device(pattern, mesh):
+    assert errors(loss_and_gradients(pattern, mesh), loss_and_gradients(pattern, "none")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("remat", "mesh"),
+    [("full", "stage=2,data=2"), pytest.param("dots", "stage=2", marks=pytest.mark.slow)],
+)
+def test_a_stage_reads_its_microbatchs_documents(remat, mesh):
+    found = loss_and_gradients("deep CLA2", mesh, documents=True, remat=remat)
+    expected = loss_and_gradients("deep CLA2", "none", documents=True)
+    assert errors(found, expected) < 1e-5
+    assert errors(expected, loss_and_gradients("deep CLA2", "none")) > 1e-2
+
+
+def test_masks_for_cudnn_have_every_head_in_a_stage(monkeypatch):
+    """Its batching rule reshapes them to all query heads."""
+    seen, attention = [], jax.nn.dot_product_attention
+
+    def record(*arrays, mask, implementation, **options):
+        seen.append((implementation, mask.shape))
+        return attention(*arrays, mask=mask, **options)
+
+    path = AttentionPath("cudnn", 4, "as if")
+    monkeypatch.setattr("cla_jax.models.attention.attention_path", lambda *_: path)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    for mesh, rows, heads in (("none", ROWS, 1), ("stage=2", ROWS // MICROBATCHES, 8)):
+        seen.clear()
+        step.__wrapped__("deep CLA2", mesh, documents=True)
+        assert set(seen) == {("cudnn", (rows, heads, T, T))}
+
+
+@pytest.mark.standard_dtype_promotion
+@pytest.mark.parametrize(
+    "mesh", ["stage=2,data=2", pytest.param("stage=2,tensor=4", marks=pytest.mark.slow)]
+)
+def test_bfloat16_is_as_near_to_float32_as_on_one_device(mesh):
+    expected = loss_and_gradients("deep CLA2", "none")
+    alone = loss_and_gradients("deep CLA2", "none", compute_dtype="bfloat16")
+    found = loss_and_gradients("deep CLA2", mesh, compute_dtype="bfloat16")
+    assert errors(found, expected) < 2 * errors(alone, expected)
+    sent = permuted(step("deep CLA2", mesh, compute_dtype="bfloat16")[0].jaxpr)
+    assert {dtype for _, dtype in sent} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "mesh"),
+    [pytest.param("deep CLA2", "stage=2", marks=pytest.mark.slow),
+     pytest.param("deep KeepEnds", "stage=2,data=2", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_the_head_is_split_though_stages_do_not_divide_the_vocabulary(pattern, mesh):
+    """By tokens then; no device makes all logits of a chunk."""
+    for vocab, logits in ((64, (CHUNK, 32)), (63, (CHUNK // 2, 63))):
+        program, given = compiled(pattern, mesh, vocab=vocab)
+        tokens = logits[0] // MeshConfig.parse(mesh).batch_shards
+        text = program.as_text() or ""
+        assert f"f32[{tokens},{logits[1]}]" in text
+        assert f"f32[{2 * tokens},{logits[1]}]" not in text
+        assert f"f32[{tokens},{2 * logits[1]}]" not in text
+        found = jax.tree.map(np.asarray, program(*given))
+        assert errors(found, loss_and_gradients(pattern, "none", vocab=vocab)) < 1e-5
+
+
+# --- what crosses stages --------------------------------------------------------------------------
+
+
+def not_activations(sent, parts, outside=()):
+    """What is sent across stages and is neither an activation nor a parameter outside the body.
+
+    Activations of rows, of microbatches, and of a chunk of the loss, the last with two statistics
+    of each token's softmax.
+    """
+    tokens = CHUNK // parts
+    statistics = {(), (tokens,), (tokens, D)}
+    return [
+        s
+        for s in sent
+        if s.shape[-2:] != (T, D)
+        and s.shape not in statistics
+        and tuple(sorted(s.shape)) not in outside
+        and math.prod(s.shape) > 1
+    ]
+
+
+def outside_shapes(pattern, params):
+    """Shapes on a device of the parameters that are in no stage, with and without `fsdp`.
+
+    Sorted: a product may make a gradient transposed.
+    """
+    body = config_of(pattern).sharing.pipeline_body
+    whole = {k: v for k, v in params.items() if k != "layers"}
+    layers = [v for k, v in params["layers"].items() if int(k) != body]
+    leaves = jax.tree.leaves((whole, layers))
+    shapes = {
+        shape for leaf in leaves for shape in (leaf.shape, leaf.sharding.shard_shape(leaf.shape))
+    }
+    return {tuple(sorted(n for n in shape if n != 1)) for shape in shapes}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "mesh"),
+    [("deep CLA2", "stage=2,data=2,tensor=2"), ("deep KeepEnds", "stage=2,fsdp=4")]
+    + [pytest.param(p, m, marks=pytest.mark.slow)
+       for p in ("deep CLA4", "deep GQA4", "deep KeepEnds")
+       for m in ("stage=2,data=4", "stage=2,tensor=4")],
+)  # fmt: skip
+def test_only_activations_cross_stages(pattern, mesh):
+    traced, (params, _), _ = step(pattern, mesh)
+    shards = MeshConfig.parse(mesh).batch_shards
+    microbatch = ROWS // MICROBATCHES
+    # Forward and backward: nothing else is permuted, in the program as it is written.
+    assert permuted(traced.jaxpr) == [((1, microbatch, T, D), "float32")] * 2
+    program, _ = compiled(pattern, mesh)
+    sent = across_stages(program.as_text() or "", 2, 8)
+    rows = microbatch // shards
+    activations = tuple(n for n in (rows, T, D) if n != 1)
+    assert [s.shape for s in sent if s.kind == "collective-permute"] == [activations] * 2
+    outside = outside_shapes(pattern, params)
+    assert not not_activations(sent, shards, outside)
+
+
+H = 4
+
+
+def split_group(x, parameters):
+    """A layer that takes its owner's K/V from wherever they come: here, from the stage before."""
+    h, kv = x
+    weights, owns = parameters
+    kv = jnp.where(owns > 0, h @ weights, kv)
+    scores = jnp.where(jnp.tri(T) > 0, (h @ weights) @ kv.swapaxes(1, 2), -1e9)
+    return h + (jax.nn.softmax(scores) @ kv) @ weights.T, kv
+
+
+def test_a_split_group_is_seen():
+    """Owners in one stage, readers in the next: K/V ride along with the activations."""
+    sharing = KVSharing.none(2)
+    weights = RNG.normal(size=(2, D, H)).astype(np.float32)
+    owns = np.array([1, 0], np.float32)
+    x = (RNG.normal(size=(ROWS, T, D)).astype(np.float32), np.zeros((ROWS, T, H), np.float32))
+    execution = ExecutionConfig(pipeline_microbatches=MICROBATCHES)
+    layout = make_layout(MeshConfig(stage=2, data=4), config_of("deep MQA"))
+
+    def loss(weights, x):
+        def layer(parameters, x, kv, context):
+            return split_group(x, parameters), x[1]
+
+        return (
+            pipeline_layers(layer, sharing, [[(weights, owns)]], x, (), execution)[0] ** 2
+        ).sum()
+
+    def alone(weights, x):
+        def layer(parameters, x, kv):
+            return split_group(x, parameters), x[1]
+
+        return (scan_layers(layer, sharing, [[(weights, owns)]], x, execution)[0] ** 2).sum()
+
+    with in_force(layout):
+        traced = jax.jit(jax.value_and_grad(loss)).trace(weights, x)
+        program = traced.lower().compile()
+        found = program(weights, x)
+    # It computes what it should: only what it sends gives it away.
+    assert errors(found, jax.value_and_grad(alone)(weights, x)) < 1e-5
+    microbatch = ROWS // MICROBATCHES
+    assert ((1, microbatch, T, H), "float32") in permuted(traced.jaxpr)
+    shapes = {s.shape for s in not_activations(across_stages(program.as_text() or "", 2, 8), 4)}
+    assert (T, H) in shapes
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [("{{0,2},{1,3}}", [(0, 2), (1, 3)]), ("[2,2]<=[4]", [(0, 1), (2, 3)]),
+     ("[2,2]<=[2,2]T(1,0)", [(0, 2), (1, 3)]), ("{}", [(0, 1, 2, 3)]),
+     ("mesh['stage'=2,'data'=2] {'stage'}", [(0, 2), (1, 3)]),
+     ("mesh['stage'=2,'data'=2] {'data'}", [(0, 1), (2, 3)]),
+     ("mesh['axis_0'=2,'axis_1'=2] {'axis_1','axis_0'}", [(0, 2, 1, 3)])],
+)  # fmt: skip
+def test_groups_of_devices_are_read(text, groups):
+    assert read_groups(text, 4) == groups
+
+
+# --- the ideal ------------------------------------------------------------------------------------
+
+
+def test_the_ideal_step():
+    config = registered("1B/H128-MQA-CLA2")
+    one = pipeline_ideal(config, 1, 8)
+    assert (one.bubble, one.step) == (1.0, pytest.approx(1.0))
+    two = pipeline_ideal(config, 2, 8)
+    assert two.bubble == 9 / 8
+    # By hand: 2 D V of 2 D V + layers' products and causal attention, forward.
+    layer = 2 * 2048 * (2 * 2048 + 3 * 5472 + 2 * 128 / 2) + 2 * 2048 * 2048
+    head = 2 * 2048 * config.vocab_size
+    assert two.head == pytest.approx(head / (head + 20 * layer), rel=1e-3)
+    assert two.step == pytest.approx((two.body * 9 / 8 + two.head) / 2)
+    full = pipeline_ideal(config, 2, 8, remat="full")
+    assert full.step - two.step == pytest.approx(two.body / 3 * 9 / 16)
+    assert two.step < pipeline_ideal(config, 2, 8, remat="dots").step < full.step
+    ends = pipeline_ideal(registered("1B/H128-MQA-CLA2-KeepEnds"), 3, 12)
+    assert ends.outside == pytest.approx(0.1 * (1 - ends.head), rel=1e-2)
+    assert ends.body + ends.outside + ends.head == pytest.approx(1)
+    with pytest.raises(ValueError, match="stage counts that work: 1, 3, 9"):
+        pipeline_ideal(registered("1B/H128-MQA-CLA2-KeepEnds"), 2, 8)
+    with pytest.raises(ValueError, match="microbatches=0"):
+        pipeline_ideal(config, 2, 0)
