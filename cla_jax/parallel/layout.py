@@ -49,17 +49,31 @@ class Layout:
             is_leaf=_is_axes,
         )
 
-    def batch(self, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    def rows(self, batch: int) -> list[int]:
+        """Which rows of a batch of so many this process's devices hold: those that it reads."""
+        parts = self.of(("batch",)).addressable_devices_indices_map((batch,))
+        return sorted({row for (part,) in parts.values() for row in range(batch)[part]})
+
+    def batch(self, arrays: dict[str, Any], batch: int | None = None) -> dict[str, jax.Array]:
         """A batch on the devices, split by rows.
 
         Args:
-            arrays: this process's rows of `[B, ...]`, on the host.
+            arrays: `rows(batch)` of `[B, ...]`, on the host.
+            batch: `B`; default: the arrays hold all rows.
         """
-        rows = self.of(("batch",))
-        return {
-            name: jax.make_array_from_process_local_data(rows, array)
-            for name, array in arrays.items()
-        }
+        split = self.of(("batch",))
+
+        def place(array: Any) -> jax.Array:
+            rows = len(array) if batch is None else batch
+            held = range(rows) if batch is None else self.rows(rows)
+            at = {row: position for position, row in enumerate(held)}
+
+            def shard(index: Any) -> Any:
+                return array[[at[row] for row in range(rows)[index[0]]]]
+
+            return jax.make_array_from_callback((rows, *array.shape[1:]), split, shard)
+
+        return {name: place(array) for name, array in arrays.items()}
 
 
 def make_layout(
