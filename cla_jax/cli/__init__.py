@@ -16,7 +16,7 @@ from cla_jax.cli.doctor import Doctor
 from cla_jax.cli.evaluation import Evaluate, PerplexityOf
 from cla_jax.cli.inference import Generate
 from cla_jax.cli.models import Diagram, Models
-from cla_jax.cli.planning import Plan
+from cla_jax.cli.planning import Plan, PlanMesh
 from cla_jax.cli.training import Report, Train
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Models",
     "PerplexityOf",
     "Plan",
+    "PlanMesh",
     "PrepareData",
     "Report",
     "Train",
@@ -55,6 +56,7 @@ def main() -> None:
                 "perplexity": PerplexityOf,
                 "convert": Convert,
                 "plan": Plan,
+                "plan-mesh": PlanMesh,
                 "report": Report,
                 "doctor": Doctor,
             },

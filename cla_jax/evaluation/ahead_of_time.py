@@ -4,11 +4,11 @@ XLA compiles for a TPU topology on any machine that has the `libtpu` package, an
 devices without it. Nothing is run: speed is not to be had so, memory and collectives are.
 """
 
-import dataclasses
+import contextlib
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,7 @@ def target_devices(target: str) -> list[Any]:
     if kind == "cpu":
         return _cpu_devices(target, shape)
     if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(
-            f"target={target!r}: expected a topology, such as {kind}:4x4, or cpu:8"
-        )
+        raise ValueError(f"target={target!r}: expected a topology, such as {kind}:4x4, or cpu:8")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
     from jax.experimental import topologies
 
@@ -84,10 +82,8 @@ def target_devices(target: str) -> list[Any]:
 def _cpu_devices(target: str, count: str) -> list[Any]:
     if not count.isdecimal() or not int(count):
         raise ValueError(f"target={target!r}: expected a number of devices, such as cpu:8")
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX is in use already
         jax.config.update("jax_num_cpu_devices", int(count))
-    except RuntimeError:  # JAX is in use already
-        pass
     found = jax.devices("cpu")
     if len(found) < int(count):
         raise ValueError(

@@ -96,14 +96,21 @@ def make_layout(
     return Layout(make_mesh(resolved, devices), rules, resolved)
 
 
-def check_mesh(model: ModelConfig, training: TrainConfig) -> None:
+def check_mesh(
+    model: ModelConfig, training: TrainConfig, devices: Sequence[Any] | None = None
+) -> None:
     """Whether a model can be trained on the mesh that its recipe names.
+
+    Args:
+        model: its sizes.
+        training: the recipe.
+        devices: of the mesh; default all that there are.
 
     Raises:
         ValueError: sizes that do not fit devices, model or (micro-)batch; names those that do.
     """
-    mesh = resolve_mesh(training.mesh)
-    make_layout(mesh, model)
+    mesh = resolve_mesh(training.mesh, devices)
+    make_layout(mesh, model, devices)
     shards = mesh.batch_shards
     rows = training.micro_batch_size or training.data.batch_size
     if rows % shards:
