@@ -18,6 +18,7 @@ import doctest
 import importlib
 import inspect
 import io
+import itertools
 import os
 import re
 import runpy
@@ -26,12 +27,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import pytest
 import tyro
+import yaml
 
 from cla_jax import cli
 from cla_jax.experiment import ExperimentOptions
@@ -293,6 +296,43 @@ def test_python_runs(document: str):
 @pytest.mark.parametrize("document", with_python(slow=True))
 def test_the_whole_document_runs(document: str):
     evaluate(document, slow=True)
+
+
+@pytest.mark.slow
+def test_the_processes_of_two_shells_run(tmp_path: Path):
+    commands = [c for c in COMMANDS if c.document == "docs/launching.md" and "--process" in c.words]
+    assert len(commands) == 2
+    (tmp_path / "my.txt").write_text(TEXT)
+    with ThreadPoolExecutor() as shells:
+        running = [shells.submit(run, command, tmp_path, *CUT) for command in commands]
+        for shell in running:
+            shell.result()
+    assert (tmp_path / "runs/two/result.json").exists()
+
+
+def test_files_that_start_processes(monkeypatch: pytest.MonkeyPatch):
+    """SLURM's is bash, that of Kubernetes YAML, and both start the command as it is."""
+    slurm = ROOT / "docs/launching/train.slurm"
+    subprocess.run(["bash", "-n", str(slurm)], check=True)
+    (command,) = [c for c in commands_of("", slurm.read_text("utf-8"), 1) if c.program == "srun"]
+    words = command.words[command.words.index("cla-jax") :]
+    assert "slurm" in words
+    options_of(monkeypatch, words, cli.main)
+
+    service, job = yaml.safe_load_all((ROOT / "docs/launching/job.yaml").read_text("utf-8"))
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    shell, option, text = pod["containers"][0]["command"]
+    assert (shell, option) == ("sh", "-c")
+    subprocess.run(["bash", "-n", "-c", text], check=True)
+    words = shlex.split(text.replace("$JOB_COMPLETION_INDEX", "1"))[1:]
+    options_of(monkeypatch, tuple(words), cli.main)
+    name = f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    given = dict(itertools.pairwise(words))
+    assert given["--coordinator"].partition(":")[0] == name
+    assert int(given["--processes"]) == spec["completions"] == spec["parallelism"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

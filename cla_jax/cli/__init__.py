@@ -5,6 +5,8 @@ slow to import is imported there, so that `--help` and wrong arguments are answe
 """
 
 import sys
+import traceback
+from typing import NoReturn
 
 import tyro
 
@@ -14,7 +16,7 @@ from cla_jax.cli.doctor import Doctor
 from cla_jax.cli.evaluation import Evaluate, PerplexityOf
 from cla_jax.cli.inference import Generate
 from cla_jax.cli.models import Diagram, Models
-from cla_jax.cli.planning import Plan
+from cla_jax.cli.planning import Plan, PlanMesh
 from cla_jax.cli.training import Report, Train
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Models",
     "PerplexityOf",
     "Plan",
+    "PlanMesh",
     "PrepareData",
     "Report",
     "Train",
@@ -53,6 +56,7 @@ def main() -> None:
                 "perplexity": PerplexityOf,
                 "convert": Convert,
                 "plan": Plan,
+                "plan-mesh": PlanMesh,
                 "report": Report,
                 "doctor": Doctor,
             },
@@ -61,7 +65,39 @@ def main() -> None:
         )
         command.run()
     except (ValueError, FloatingPointError, OSError) as error:
+        if _others_wait(error):
+            print(f"cla-jax: {error}", file=sys.stderr)
+            _leave(1)
         sys.exit(f"cla-jax: {error}")
     except KeyboardInterrupt as error:  # a training run's says where it was saved
         print(f"cla-jax: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 130))
+        code = getattr(error, "exit_code", 130)
+        if _others_wait(error):
+            _leave(code)
+        sys.exit(code)
+    except Exception as error:
+        if not _others_wait(error):
+            raise
+        traceback.print_exc()
+        _leave(1)
+
+
+def _others_wait(error: BaseException) -> bool:
+    """Whether this is one of several processes, and the others do not know of the error."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return False
+    from cla_jax.parallel.processes import AgreedError
+    from cla_jax.training.interruption import Interrupted
+
+    return not isinstance(error, AgreedError | Interrupted)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: an orderly exit of one process waits for the others, which wait for it."""
+    from cla_jax.parallel.processes import leave
+
+    leave(code)

@@ -1,16 +1,18 @@
-"""`cla-jax plan`: what fits into a device's memory, before anything is run."""
+"""`cla-jax plan` and `plan-mesh`: what fits into memory, before anything is run."""
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from cla_jax import registry
-from cla_jax.configs import CacheDtype
+from cla_jax.configs import CacheDtype, MeshConfig, Remat
 
 if TYPE_CHECKING:
+    from cla_jax.evaluation.mesh_plan import MeshPlan
     from cla_jax.inference.planning import MemoryPlan
 
 
@@ -114,4 +116,86 @@ def _summary(plan: "MemoryPlan", bandwidth: int | None) -> Table:
             f"a step, {plan.batch / seconds:,.0f} tokens/s: {format_size(reads.weights)} of "
             f"weights and {format_size(reads.kv)} of K/V, every layer's, read at "
             f"{format_size(bandwidth)}/s")  # fmt: skip
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanMesh:
+    """Compile a model for a mesh of devices that need not be there: memory and traffic of each.
+
+    The training step, the prefill of whole prompts and a step of decoding are compiled by XLA and
+    read; nothing is run. TPU targets need the libtpu package, on any machine. Example: `cla-jax
+    plan-mesh --model tiny/MQA-CLA2 --mesh fsdp=2,tensor=2 --target cpu:4`
+    """
+
+    model: str
+    """The model; `cla-jax models` lists them."""
+    mesh: str
+    """Devices along each axis, as in fsdp=4,tensor=4."""
+    target: str
+    """Devices: a TPU topology (v5e:4x4, v5p:4x4x4, v6e:4x4, v4:2x2x4), or cpu:8 without libtpu.
+    XLA for CPUs sends 16-bit values as 32-bit ones, and its temporaries are not a TPU's."""
+    programs: tuple[Literal["train", "prefill", "decode"], ...] = ("train", "prefill", "decode")
+    """What is compiled."""
+    batch: int | None = None
+    """Rows over all devices. Default: as many as there are devices."""
+    context: int | None = None
+    """Tokens of a row; of a cache, its room. Default: as many as in training."""
+    remat: Remat = "none"
+    """Of the training step: what its backward pass recomputes."""
+    unroll: int = 1
+    """Of its scans over layers; more compiles longer."""
+    cache_dtype: CacheDtype = "bfloat16"
+    """Of the K/V cache."""
+    json: bool = False
+    """Print JSON, bytes as they are, instead of a table."""
+
+    def run(self) -> None:
+        """Compile and print."""
+        config = registry.model(self.model)  # before the slow imports: a bad name fails at once
+        mesh = MeshConfig.parse(self.mesh)
+        from cla_jax.evaluation.mesh_plan import MeshWork, plan_mesh
+
+        plans = plan_mesh(
+            config, mesh, self.target, self.programs,
+            MeshWork(
+                batch=self.batch, context=self.context, remat=self.remat, unroll=self.unroll,
+                cache_dtype=self.cache_dtype,
+            ),
+        )  # fmt: skip
+        if self.json:
+            print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+            return
+        one = plans[0]
+        devices = f"{one.target} ({one.device})"
+        print(
+            f"{one.model} on {devices}, mesh {one.mesh}, batch {one.batch:,}, context "
+            f"{one.context:,}; of each device\n"
+        )
+        Console().print(_mesh_table(plans))
+        if not all(plan.fits for plan in plans):
+            print("\nWhat does not fit may with fewer rows (--batch), --remat full or more fsdp.")
+
+
+def _mesh_table(plans: "list[MeshPlan]") -> Table:
+    from cla_jax.inference.sizes import format_size
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("program", no_wrap=True)
+    for name in ("arguments", "temporaries", "total"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("of memory", justify="right")
+    table.add_column("sent in a run, by mesh axis")
+    for plan in plans:
+        sizes = (plan.arguments, plan.temporaries, plan.total)
+        share = "" if not plan.memory else f"of {format_size(plan.memory)}"
+        if plan.memory and plan.total:
+            share = f"{plan.total / plan.memory:.0%} {share}"
+        sent = ", ".join(f"{axis} {format_size(count)}" for axis, count in plan.sent.items())
+        table.add_row(
+            plan.program,
+            *("" if size is None else format_size(size) for size in sizes),
+            share,
+            (sent or "nothing") if plan.fits else "does not fit",
+        )
     return table

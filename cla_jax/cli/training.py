@@ -41,6 +41,12 @@ class Train:
     pipeline. Default: one device. A run may be resumed on another mesh."""
     microbatches: int | None = None
     """Of a pipeline: parts that a batch is cut into. Default: up to four a stage."""
+    coordinator: str = ""
+    """With several processes, HOST:PORT of process 0, which listens there; or slurm, under srun."""
+    processes: int | None = None
+    """How many there are; not with slurm."""
+    process: int | None = None
+    """Which of them this is, from 0; not with slurm."""
     resume: bool = False
     """Go on from the newest checkpoint in `--out`."""
     force: bool = False
@@ -61,11 +67,18 @@ class Train:
             recipe = dataclasses.replace(recipe, execution=execution)
         if self.mesh:
             recipe = dataclasses.replace(recipe, mesh=MeshConfig.parse(self.mesh))
-        if self.mesh or self.microbatches is not None:
-            from cla_jax.parallel import check_mesh
+        several = self.coordinator or self.processes or self.process is not None
+        if self.mesh or several or self.microbatches is not None:
+            from cla_jax.parallel import ProcessConfig, check_mesh, join
 
+            join(
+                ProcessConfig(
+                    coordinator=self.coordinator, processes=self.processes, process=self.process
+                )
+            )
             check_mesh(config, recipe)  # before text is prepared
         from cla_jax import data
+        from cla_jax.parallel.processes import is_first
         from cla_jax.training import train
 
         if self.data is not None:
@@ -73,10 +86,13 @@ class Train:
         else:
             corpus = data.prepare_corpus(data.corpus_at(self.text), self.data_dir)
             streams = data.prepare_streams(corpus, data.ByteTokenizer(), self.data_dir)
-        if self.resume and not (self.out / "config.json").exists():
+        if self.resume and is_first() and not (self.out / "config.json").exists():
             print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
         trained = train(config, recipe, streams, self.out, resume=self.resume, force=self.force)
-        print(f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}")
+        if is_first():
+            print(
+                f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

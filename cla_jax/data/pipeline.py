@@ -5,6 +5,7 @@ the batches taken. That number means nothing without the data it counts, so a ch
 `data_fingerprint` and a resume compares it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import grain
@@ -148,31 +149,34 @@ def training_rows(stream: TokenStream, config: DataConfig) -> Rows:
 
 
 def batches(
-    stream: TokenStream, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+    stream: TokenStream, config: DataConfig, *, rows: Sequence[int] | None = None
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
-    """Endless shuffled training batches of one process.
+    """Endless shuffled training batches, or the rows of each that one process reads.
 
-    Rows are shuffled over the whole stream, anew in each epoch, by `config.seed`. Batch k of all
-    processes together is the same set of rows whatever their number.
+    Rows are shuffled over the whole stream, anew in each epoch, by `config.seed`. Batch k is the
+    same rows in the same order, whichever of them are read.
+
+    Args:
+        stream: the tokens.
+        config: what a batch is.
+        rows: of each batch, counted from 0, in the order wanted; default all `B`.
 
     Returns:
-        A dataset of `{"tokens": int32 [B / process_count, T + 1]}`; with `document_mask` also
-        `{"documents": int32 [B / process_count, T + 1]}`, with `first_fit` packing also
-        `{"mask": float32 [B / process_count, T]}`, 0 where the target is padding. The iterator's
-        `get_state()` is `{"next_index": batches taken}`.
+        A dataset of `{"tokens": int32 [rows, T + 1]}`; with `document_mask` also `{"documents":
+        int32 [rows, T + 1]}`, with `first_fit` packing also `{"mask": float32 [rows, T]}`, 0 where
+        the target is padding. The iterator's `get_state()` is `{"next_index": batches taken}`.
 
     Raises:
-        ValueError: a stream shorter than a window, an unknown packing, a negative seed, a batch
-            that does not divide over the processes.
+        ValueError: a stream shorter than a window, an unknown packing, a negative seed, rows that a
+            batch does not have.
     """
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be at least 0")
-    local_batch = _local_batch(config.batch_size, process_index, process_count)
-    rows = training_rows(stream, config)
-    dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat()
+    source = training_rows(stream, config)
+    read = _reader(source, config.batch_size, rows)
     # Batched as a map, not as an iterator, so that the state counts batches.
-    dataset = dataset[process_index::process_count].batch(local_batch, drop_remainder=True)
-    return dataset.to_iter_dataset(_READ_OPTIONS)
+    order = _order(len(source), config.seed).batch(config.batch_size)
+    return order.map(read).to_iter_dataset(_READ_OPTIONS)
 
 
 def evaluation_batches(
@@ -182,40 +186,37 @@ def evaluation_batches(
     *,
     document_ids: bool = False,
     limit: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """One pass over a stream in order, in which every token after the first is a target once.
 
-    Every process gets the same number of batches, the last of which are padded. `limit` stops after
-    so many targets (0: all), the same whatever the batch size.
+    The last batch is padded with rows that count nothing. `limit` stops after so many targets (0:
+    all), the same whatever the batch size. `rows` of each batch, as in `batches`.
 
     Returns:
-        A dataset of the items of `EvaluationWindows`, batched: `tokens` int32
-        `[B / process_count, T + 1]`, `mask` float32 `[B / process_count, T]`.
+        A dataset of the items of `EvaluationWindows`, batched: `tokens` int32 `[rows, T + 1]`,
+        `mask` float32 `[rows, T]`.
 
     Raises:
         ValueError: as `batches`; a stream shorter than a window is padded, not refused.
     """
-    local_batch = _local_batch(batch_size, process_index, process_count)
+    _check_positive("batch_size", batch_size)
     windows = EvaluationWindows(
         stream, sequence_length, multiple_of=batch_size, document_ids=document_ids, limit=limit
     )
-    dataset = grain.MapDataset.source(windows)[process_index::process_count]
-    return dataset.batch(local_batch, drop_remainder=True).to_iter_dataset(_READ_OPTIONS)
+    read = _reader(windows, batch_size, rows)
+    order = grain.MapDataset.range(len(windows)).batch(batch_size)
+    return order.map(read).to_iter_dataset(_READ_OPTIONS)
 
 
 def batch_rows(stream: TokenStream, config: DataConfig, index: int) -> list[int]:
     """Which rows batch `index` (counted from 0, over all processes) of `batches` holds."""
-    count = len(training_rows(stream, config))
-    order = grain.MapDataset.range(count).seed(config.seed).shuffle().repeat()
+    order = _order(len(training_rows(stream, config)), config.seed)
     start = index * config.batch_size
     return [int(cast(int, order[i])) for i in range(start, start + config.batch_size)]
 
 
-def data_fingerprint(
-    stream: TokenStream, config: DataConfig, process_count: int = 1
-) -> dict[str, Any]:
+def data_fingerprint(stream: TokenStream, config: DataConfig) -> dict[str, Any]:
     """Everything that decides which tokens batch k holds, in plain JSON values.
 
     Two equal dictionaries and the same number of batches taken mean the same batch next; compare
@@ -231,7 +232,6 @@ def data_fingerprint(
         "sequence_length": config.sequence_length,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "process_count": process_count,
     }
 
 
@@ -246,15 +246,22 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}={value} must be at least 1")
 
 
-def _local_batch(batch_size: int, process_index: int, process_count: int) -> int:
-    """The rows of a batch that one process reads."""
+def _order(count: int, seed: int) -> grain.MapDataset[int]:
+    """So many rows as training takes them, epoch by epoch."""
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+
+
+def _reader(
+    source: Rows, batch_size: int, rows: Sequence[int] | None
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """From the indices of a whole batch to those of its rows that are read."""
     _check_positive("batch_size", batch_size)
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be from 0 to {process_count - 1}")
-    if batch_size % process_count:
-        nearest = max(round(batch_size / process_count), 1) * process_count
-        raise ValueError(
-            f"batch_size={batch_size} does not divide over {process_count} processes; the nearest "
-            f"that does is {nearest}"
-        )
-    return batch_size // process_count
+    chosen = range(batch_size) if rows is None else rows
+    if not chosen or not all(0 <= row < batch_size for row in chosen):
+        raise ValueError(f"rows {list(chosen)} of a batch: expected some of 0 to {batch_size - 1}")
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        items = [source[int(indices[row])] for row in chosen]
+        return {name: np.stack([item[name] for item in items]) for name in items[0]}
+
+    return read

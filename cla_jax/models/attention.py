@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from cla_jax.configs import AttentionConfig, ExecutionConfig
+from cla_jax.models import splash
 from cla_jax.models.rotary import Rotary, rotate
-from cla_jax.models.sharding import constrain, named, shards
+from cla_jax.models.sharding import constrain, named, platform, shards
 
 _CUDNN_HEAD_DIM_MULTIPLE = 8
 
@@ -80,12 +81,13 @@ class AttentionPath:
     """Which implementation `attend` takes, and why.
 
     Attributes:
-        implementation: of `jax.nn.dot_product_attention`.
+        implementation: `cudnn` or `xla`, of `jax.nn.dot_product_attention`; `splash`, JAX's kernel
+            for TPU, for whole sequences alone.
         head_dim: that it runs with: heads are zero-padded up to it inside the call.
         reason: one line for logs.
     """
 
-    implementation: Literal["cudnn", "xla"]
+    implementation: Literal["cudnn", "xla", "splash"]
     head_dim: int
     reason: str
 
@@ -93,11 +95,12 @@ class AttentionPath:
 def attention_path(
     head_dim: int, dtype: jnp.dtype, masked_length: int | None = None
 ) -> AttentionPath:
-    """The implementation for a head dim and dtype on the default device.
+    """The implementation for a head dim and dtype on the mesh in force, or the default device.
 
     cuDNN's fused attention on NVIDIA GPUs from compute capability 8.0, for 16-bit types and head
-    dims up to 256 (128 before Hopper), in multiples of 8; XLA for everything else, which
-    materialises the scores.
+    dims up to 256 (128 before Hopper), in multiples of 8; splash attention on TPU, where lengths
+    and head dims are padded to multiples of 128; XLA for everything else, which materialises the
+    scores.
 
     Args:
         head_dim: `H`.
@@ -105,6 +108,10 @@ def attention_path(
         masked_length: `T`, where a document mask is used: cuDNN takes masks of even length.
     """
     device = jax.devices()[0]
+    if platform() == "tpu":
+        lanes = splash.padded(head_dim)
+        why = "fused" if lanes == head_dim else f"fused, head dim {head_dim} zero-padded to {lanes}"
+        return AttentionPath("splash", lanes, why)
     if device.platform not in ("gpu", "cuda"):
         return AttentionPath("xla", head_dim, f"{device.platform} has no fused kernel in jax.nn")
     capability = float(device.compute_capability)
@@ -167,17 +174,14 @@ def attend_behind(
 def _attention(
     q: Float[Array, "B T N H"], kv: KV, mask: Bool[Array, "B 1 T S"] | None, *, is_causal: bool
 ) -> Float[Array, "B T N H"]:
-    for name, array in (("queries", q), ("keys", kv.k), ("values", kv.v)):
-        if array.ndim != 4:  # jax.nn would take [B, T, D] for one row of B tokens
-            raise ValueError(
-                f"{name} are {array.shape}: expected [batch, length, heads, head dim]; a single "
-                "head is x[:, :, None]"
-            )
+    _check_ranks(q, kv)
     kv = _for_every_shard(kv)
     head_dim = q.shape[-1]
     # cuDNN's masks are of even length in both directions.
     odd = None if mask is None else next((n for n in mask.shape[2:] if n % 2), mask.shape[2])
     path = attention_path(head_dim, q.dtype, odd)
+    if path.implementation == "splash":  # which takes no mask
+        path = AttentionPath("xla", head_dim, "a chunk of a row, on TPU")
     if mask is not None and path.implementation == "cudnn" and shards("layers") > 1:
         # A pipeline's stages run under jax.vmap, where JAX takes a mask for cuDNN only whole.
         mask = jnp.broadcast_to(mask, (len(mask), q.shape[2], *mask.shape[2:]))
@@ -191,6 +195,15 @@ def _attention(
             implementation=path.implementation,
         )  # fmt: skip
     return out[..., :head_dim]
+
+
+def _check_ranks(q: jax.Array, kv: KV) -> None:
+    for name, array in (("queries", q), ("keys", kv.k), ("values", kv.v)):
+        if array.ndim != 4:  # jax.nn would take [B, T, D] for one row of B tokens
+            raise ValueError(
+                f"{name} are {array.shape}: expected [batch, length, heads, head dim]; a single "
+                "head is x[:, :, None]"
+            )
 
 
 def _for_every_shard(kv: KV) -> KV:

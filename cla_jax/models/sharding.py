@@ -77,6 +77,13 @@ def shards(axis: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
+def platform() -> str:
+    """What code is traced for: the mesh's devices, which may be of another machine; else ours."""
+    mesh = jax.sharding.get_abstract_mesh()
+    of_mesh = None if mesh.empty else mesh.abstract_device
+    return jax.devices()[0].platform if of_mesh is None else of_mesh.platform
+
+
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Ask for an activation to be laid out by its logical axes; nothing without a mesh.
 
@@ -106,7 +113,7 @@ def on_shards(
 ) -> Callable[..., jax.Array]:
     """`f` on every device's own shards (`jax.shard_map`); without a mesh, `f` itself.
 
-    For what XLA cannot split, such as a custom kernel. Not differentiated.
+    For what XLA cannot split, such as a custom kernel.
 
     Args:
         f: of arrays, to one array.

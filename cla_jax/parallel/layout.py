@@ -51,17 +51,31 @@ class Layout:
             is_leaf=_is_axes,
         )
 
-    def batch(self, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    def rows(self, batch: int) -> list[int]:
+        """Which rows of a batch of so many this process's devices hold: those that it reads."""
+        parts = self.of(("batch",)).addressable_devices_indices_map((batch,))
+        return sorted({row for (part,) in parts.values() for row in range(batch)[part]})
+
+    def batch(self, arrays: dict[str, Any], batch: int | None = None) -> dict[str, jax.Array]:
         """A batch on the devices, split by rows.
 
         Args:
-            arrays: this process's rows of `[B, ...]`, on the host.
+            arrays: `rows(batch)` of `[B, ...]`, on the host.
+            batch: `B`; default: the arrays hold all rows.
         """
-        rows = self.of(("batch",))
-        return {
-            name: jax.make_array_from_process_local_data(rows, array)
-            for name, array in arrays.items()
-        }
+        split = self.of(("batch",))
+
+        def place(array: Any) -> jax.Array:
+            rows = len(array) if batch is None else batch
+            held = range(rows) if batch is None else self.rows(rows)
+            at = {row: position for position, row in enumerate(held)}
+
+            def shard(index: Any) -> Any:
+                return array[[at[row] for row in range(rows)[index[0]]]]
+
+            return jax.make_array_from_callback((rows, *array.shape[1:]), split, shard)
+
+        return {name: place(array) for name, array in arrays.items()}
 
 
 def make_layout(
@@ -79,15 +93,22 @@ def make_layout(
     return Layout(make_mesh(resolved, devices), rules, resolved)
 
 
-def check_mesh(model: ModelConfig, training: TrainConfig) -> None:
+def check_mesh(
+    model: ModelConfig, training: TrainConfig, devices: Sequence[Any] | None = None
+) -> None:
     """Whether a model can be trained on the mesh that its recipe names.
+
+    Args:
+        model: its sizes.
+        training: the recipe.
+        devices: of the mesh; default all that there are.
 
     Raises:
         ValueError: sizes that do not fit devices, model or (micro-)batch, microbatches of a
             pipeline that do not divide it or that no stage is there for; names those that do.
     """
-    mesh = resolve_mesh(training.mesh)
-    layout = make_layout(mesh, model)
+    mesh = resolve_mesh(training.mesh, devices)
+    layout = make_layout(mesh, model, devices)
     shards = mesh.batch_shards
     rows = training.micro_batch_size or training.data.batch_size
     if rows % shards:

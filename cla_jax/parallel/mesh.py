@@ -22,9 +22,11 @@ def resolve_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Me
     found = jax.devices() if devices is None else devices
     resolved = config.resolved(len(found))
     if jax.process_count() > 1 and resolved.devices != len(found):
+        works = ", ".join(f"{axis}={len(found)}" for axis in ("data", "fsdp"))
         raise ValueError(
-            f"mesh {config} is {resolved.devices} devices, and {jax.process_count()} processes "
-            f"have {len(found)}: together they use all of them"
+            f"mesh {config} is {resolved.devices} device{'s' * (resolved.devices > 1)}, and "
+            f"{jax.process_count()} processes have {len(found)}, all of which take part: give a "
+            f"mesh of {len(found)}, such as {works}"
         )
     return resolved
 

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from cla_jax.parallel.processes import first_says, loss_of_a_process
 from cla_jax.training.step import Params, TrainState
 
+# Batches once depended on the number of processes, and every run recorded it.
+_NO_LONGER = {"process_count"}
 FORCE_HINT = " (--force goes on with another recipe or other data, not with another model)"
 
 
@@ -63,6 +66,8 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         # Waits for asynchronous saves; leaving without it ends the process with none on disk.
+        if error is not None and loss_of_a_process(error):
+            return  # a save waits for all processes
         if error is None:
             self.wait()
         with contextlib.suppress(Exception):  # said before, or less than what ends the run now
@@ -107,7 +112,7 @@ class Checkpoints:
             ValueError: the checkpoint belongs to another architecture or other data (names every
                 field that differs), or is damaged. Nothing is changed.
         """
-        step = self.latest_step
+        step = first_says(lambda: self.latest_step)
         if step is None:
             return None
         where = f"the checkpoint {self.directory / str(step)}"
@@ -219,7 +224,7 @@ def check_identity(
         for section in sorted(saved.keys() | wanted.keys())
         if section == "model" or not force
         for values, other in [(saved.get(section) or {}, wanted.get(section) or {})]
-        for field in sorted(values.keys() | other.keys())
+        for field in sorted((values.keys() | other.keys()) - _NO_LONGER)
         if values.get(field) != other.get(field)
     ]
     if differences:

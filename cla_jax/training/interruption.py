@@ -1,9 +1,13 @@
 """Signals that ask a run to stop: finish the step, save, and leave with a code of their own."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,15 +32,19 @@ class StopRequest:
 
     A second signal acts as usual. Outside the main thread, where Python delivers no signals,
     nothing is caught.
+
+    Several processes must stop at the same step. There, JAX's preemption service takes SIGTERM: it
+    tells the other processes, and all agree on a step (`came`). SIGINT is passed on to it.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._several, self._asked = jax.process_count() > 1, 0
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._remember)
         return self
 
@@ -48,9 +56,21 @@ class StopRequest:
     ) -> None:
         self._restore()
 
+    def came(self) -> bool:
+        """Whether to stop now; the same answer on all processes, which ask equally often."""
+        if not self._several:
+            return self.signal is not None
+        self._asked += 1
+        if self.signal is None and multihost_utils.reached_preemption_sync_point(self._asked):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
         self._restore()
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signal = number
 
     def _restore(self) -> None:
         while self._before:

@@ -28,16 +28,19 @@ class MetricLog:
     """`metrics.jsonl`: one JSON object a line, appended and flushed as they come.
 
     Args:
-        path: the file.
+        path: the file; None: nothing is written, as on every process but the first.
         resume_step: records after this step are dropped first: the run takes up there, and will
             write them again.
         trackers: get every record too.
     """
 
     def __init__(
-        self, path: Path, resume_step: int = 0, trackers: Sequence[OpenTracker] = ()
+        self, path: Path | None, resume_step: int = 0, trackers: Sequence[OpenTracker] = ()
     ) -> None:
-        self._trackers = trackers
+        self._trackers, self._file = trackers, None
+        self._last = dict[str, int]()
+        if path is None:
+            return
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         replacement = path.with_name(path.name + ".new")
         replacement.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
@@ -52,8 +55,9 @@ class MetricLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
         self._last |= dict.fromkeys(record, record["step"])
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for tracker in self._trackers:
             tracker.write(record)
 
@@ -66,7 +70,8 @@ class MetricLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 

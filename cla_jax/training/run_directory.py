@@ -48,7 +48,7 @@ def identity_of(
     recipe |= {f"optimizer.{k}": v for k, v in dataclasses.asdict(training.optimizer).items()}
     if initial is not None:
         recipe["initial_parameters"] = initial.fingerprint
-    data = data_fingerprint(streams.train, training.data, jax.process_count())
+    data = data_fingerprint(streams.train, training.data)
     data["validation_tokens"] = streams.validation.fingerprint
     identity = {"model": config.to_dict(), "training": recipe, "data": data}
     return json.loads(json.dumps(identity))  # as it will be read back

@@ -20,6 +20,13 @@ from cla_jax.data.prepared import keep_tokenizer, tokenizer_record
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
 from cla_jax.parallel import Layout, check_mesh, in_force, make_layout
+from cla_jax.parallel.processes import (
+    agree,
+    check_same,
+    first_says,
+    is_first,
+    naming_lost_processes,
+)
 from cla_jax.training.checkpoints import Checkpoints
 from cla_jax.training.hardware import peak_flops
 from cla_jax.training.initial import InitialParams
@@ -66,6 +73,7 @@ class Trained:
     result: dict[str, Any]
 
 
+@naming_lost_processes()
 def train(
     config: ModelConfig,
     training: TrainConfig,
@@ -81,6 +89,10 @@ def train(
 
     A resumed run repeats the uninterrupted one bit by bit on the same machine: the checkpoint holds
     parameters, optimizer state, step and data position, and the metrics after it are dropped.
+
+    Several processes (`cla_jax.parallel.join`) all call it, with the same arguments and a directory
+    that all of them see. Each reads the rows that its devices hold; the first alone prints and
+    writes metrics.
 
     Args:
         config: the architecture.
@@ -104,18 +116,22 @@ def train(
             anything is written.
         FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
             perplexity; nothing of it is saved, checkpoints stay as they are.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
+        Interrupted: SIGTERM or SIGINT came, of several processes to any; a checkpoint was saved.
+        ProcessLostError: another process has gone.
     """
     directory = Path(directory)
-    identity = check_run(
-        config, training, streams, directory, initial=initial, resume=resume, force=force
+    first = is_first()
+    identity = agree(
+        lambda: check_run(
+            config, training, streams, directory, initial=initial, resume=resume, force=force
+        )
     )
+    check_same("model, recipe, data or mesh", [identity, str(training.mesh)])
     micro_batches = _micro_batches(training)
-    trackers = open_trackers(training.trackers, directory)
-    console = None
-    if on_record is not None:
+    trackers = open_trackers(training.trackers if first else (), directory)
+    if on_record is not None and first:
         trackers.append(Listener(on_record))
-        console = Console(quiet=True)
+    console = Console(quiet=True) if on_record is not None or not first else None
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
     layout = make_layout(training.mesh, config)
@@ -126,7 +142,7 @@ def train(
         "attention": f"{path.implementation}: {path.reason}",
         "versions": versions(),
     }
-    tokenizer = find_tokenizer(streams)
+    tokenizer = find_tokenizer(streams) if first else None
     if tokenizer is not None:
         resolved["tokenizer"] = tokenizer_record(tokenizer)
     model = Model(config, training.execution)
@@ -138,37 +154,42 @@ def train(
         shardings = None if layout is None else state_shardings(model, optimizer, layout)
         params = initial.on_device(shapes, config.name, shardings and shardings.params)
         state = begin_state(params, optimizer, shardings)
-    iterator = iter(batches(streams.train, training.data,
-                            process_index=jax.process_index(),
-                            process_count=jax.process_count()))  # fmt: skip
+    rows = None if layout is None else layout.rows(training.data.batch_size)
+    iterator = iter(batches(streams.train, training.data, rows=rows))
 
-    result_file = directory / "result.json"
-    directory.mkdir(parents=True, exist_ok=True)
-    begun = (directory / "config.json").exists()
-    if not begun:
-        write_json(directory / "config.json", resolved)
-    if tokenizer is not None:
-        keep_tokenizer(directory, tokenizer)
+    result_file, metrics_file = directory / "result.json", directory / "metrics.jsonl"
+
+    def begin() -> bool:
+        directory.mkdir(parents=True, exist_ok=True)
+        begun = (directory / "config.json").exists()
+        if not begun:
+            write_json(directory / "config.json", resolved)
+        if tokenizer is not None:
+            keep_tokenizer(directory, tokenizer)
+        return begun
+
+    begun = first_says(begin)
     with Checkpoints(
         directory / "checkpoints", identity, keep=training.keep_checkpoints, force=force
     ) as checkpoints:
         if (restored := checkpoints.restore(state)) is not None:
             state = restored.state
             iterator.set_state(restored.data)
-        if result_file.exists():
+        if first_says(result_file.exists):
             if restored is None:
                 raise ValueError(
                     f"{directory} holds a finished run but no checkpoint: put its checkpoints "
                     "back, or train in another directory"
                 )
-            return Trained(directory, model, state.params, read_json(result_file))
+            finished = first_says(lambda: read_json(result_file))
+            return Trained(directory, model, state.params, finished)
         start = int(state.step)
-        if begun:  # what the run was begun with stays as it was written
+        if begun and first:  # what the run was begun with stays as it was written
             append_json(directory / "resumes.jsonl", {"step": start, **resolved})
         with (
             in_force(layout),
             StopRequest() as stop,
-            MetricLog(directory / "metrics.jsonl", resume_step=start, trackers=trackers) as log,
+            MetricLog(metrics_file if first else None, start, trackers) as log,
             TrainingProgress(config.name, training.steps, start, console) as progress,
         ):
             progress.say(f"{config.name}: attention {resolved['attention']}")
@@ -176,22 +197,27 @@ def train(
                 progress.say(
                     f"{config.name}: mesh {resolved['mesh']}, {layout.mesh.size} of "
                     f"{jax.device_count()} devices"
+                    + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
                 )
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
             loop = _Loop(model, training, streams, checkpoints, log, progress, stop, layout)
-            if initial is not None and log.last_step("validation_loss") is None:
+            if initial is not None and loop.validated() is None:
                 loop.validate(state)
             if start < training.steps:
                 train_step = make_train_step(model, optimizer, micro_batches, layout)
                 state = loop.run(state, iterator, train_step)
                 checkpoints.save(state, iterator.get_state())
-            if log.last_step("validation_loss") != training.steps:
+            if loop.validated() != training.steps:
                 loop.validate(state, last=True)
             checkpoints.wait()
-    result = _result(config, training, read_metrics(directory / "metrics.jsonl"))
-    write_json(result_file, result)
-    return Trained(directory, model, state.params, result)
+
+    def end() -> dict[str, Any]:
+        result = _result(config, training, read_metrics(metrics_file))
+        write_json(result_file, result)
+        return result
+
+    return Trained(directory, model, state.params, first_says(end))
 
 
 def check_run(
@@ -235,19 +261,24 @@ def validate(
     model = Model(config, training.execution)
     params = initial.on_device(jax.eval_shape(lambda: model.init(0)), config.name)
     eval_step, total, count = make_eval_step(model), 0.0, 0.0
-    for batch in _validation_batches(training, streams):
+    for batch in _validation_batches(training, streams, None):
         losses, tokens = eval_step(params, batch)
         total, count = total + float(losses), count + float(tokens)
     return total / count
 
 
-def _validation_batches(training: TrainConfig, streams: Streams) -> Iterable[dict[str, Any]]:
-    data = training.data
+def _validation_batches(
+    training: TrainConfig, streams: Streams, layout: Layout | None
+) -> Iterable[dict[str, Any]]:
+    data, batch = training.data, _validation_batch(training)
     return evaluation_batches(
-        streams.validation, data.sequence_length, training.micro_batch_size or data.batch_size,
-        limit=training.eval_tokens, document_ids=data.document_mask,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        streams.validation, data.sequence_length, batch, limit=training.eval_tokens,
+        document_ids=data.document_mask, rows=None if layout is None else layout.rows(batch),
     )  # fmt: skip
+
+
+def _validation_batch(training: TrainConfig) -> int:
+    return training.micro_batch_size or training.data.batch_size
 
 
 def _result(
@@ -309,7 +340,8 @@ class _Loop:
         self._clock, self._logged = time.perf_counter(), step
         while step < training.steps:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = train_step(state, self._placed(next(iterator)))
+                batch = self._placed(next(iterator), training.data.batch_size)
+                state, metrics = train_step(state, batch)
             step += 1
             # A step's metrics are read when the next is under way, so that reading never idles
             # the device.
@@ -321,10 +353,11 @@ class _Loop:
                 self._flush()
                 self.validate(state)
                 self._clock, self._logged = time.perf_counter(), step
-            if _every(training.checkpoint_every, step) or self.stop.signal is not None:
+            stopping = self.stop.came()
+            if _every(training.checkpoint_every, step) or stopping:
                 self._flush()
                 self.checkpoints.save(state, iterator.get_state())
-            if self.stop.signal is not None:
+            if stopping:
                 self._leave(step)
         self._flush()
         return state
@@ -375,10 +408,11 @@ class _Loop:
             Interrupted: a signal came during the `last` one, whose state is saved already.
         """
         total = count = 0.0
-        for batch in _validation_batches(self.training, self.streams):
-            if last and self.stop.signal is not None:
+        rows = _validation_batch(self.training)
+        for batch in _validation_batches(self.training, self.streams, self.layout):
+            if last and self.stop.came():
                 self._leave(int(state.step))
-            losses, tokens = self.eval_step(state.params, self._placed(batch))
+            losses, tokens = self.eval_step(state.params, self._placed(batch, rows))
             total, count = total + float(losses), count + float(tokens)
         loss, step = total / count, int(state.step)
         if not loss < _LARGEST_LOSS:
@@ -396,8 +430,12 @@ class _Loop:
         )
         self.progress.say(f"step {step}: validation perplexity {math.exp(loss):.3f}")
 
-    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch if self.layout is None else self.layout.batch(batch)
+    def validated(self) -> int | None:
+        """Step of the last validation in the log, which process 0 keeps."""
+        return first_says(lambda: self.log.last_step("validation_loss"))
+
+    def _placed(self, batch: dict[str, Any], rows: int) -> dict[str, Any]:
+        return batch if self.layout is None else self.layout.batch(batch, rows)
 
     def _leave(self, step: int) -> None:
         assert self.stop.signal is not None

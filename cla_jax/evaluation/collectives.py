@@ -1,0 +1,229 @@
+"""What a compiled program sends between devices, read from its HLO text, by mesh axis.
+
+A collective in a loop counts as often as the loop runs; one that XLA has cut into asynchronous
+parts, which share a channel, counts once.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Collective", "bytes_by_axis", "collectives"]
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+          "ragged-all-to-all", "collective-broadcast")  # fmt: skip
+_COMPUTATION = re.compile(r"^(?:(ENTRY) )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([\w\-]+)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_BITS = {"pred": 8, "s4": 4, "u4": 4}
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+        kind: as HLO names it.
+        axes: the mesh axes that its groups span; None: they could not be read.
+        group: devices of a group; of a permutation 2.
+        bytes: of the whole array, one device's group's: what an all-gather returns.
+        times: how often a run of the program does it.
+    """
+
+    kind: str
+    axes: tuple[str, ...] | None
+    group: int
+    bytes: int
+    times: int
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device sends in a run of the program, in a ring."""
+        share = (self.group - 1) / max(self.group, 1)
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return round(self.bytes * factor * self.times)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    operation: str
+    rest: str
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
+
+
+def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """The collectives of a compiled program.
+
+    Args:
+        hlo: `Compiled.as_text()`.
+        mesh: devices along each axis, in the mesh's order.
+    """
+    programs, entry = _parse(hlo)
+    found = dict[Any, Collective]()
+    for number, (one, times) in enumerate(_walk(programs, entry, 1)):
+        kind = one.operation.removesuffix("-start")
+        if kind not in _KINDS:
+            continue
+        axes, group = _axes(one.rest, mesh)
+        if group < 2:
+            continue
+        collective = Collective(kind, axes, group, _bytes(one, kind, group), times)
+        channel = re.search(r"channel_id=(\d+)", one.rest)
+        key = channel[1] if channel else f"no channel {number}"
+        # Its parts may lie in a loop that hides it: it is begun as often as the one outside.
+        if key not in found or collective.times < found[key].times:
+            found[key] = collective
+    return list(found.values())
+
+
+def bytes_by_axis(found: Sequence[Collective]) -> dict[str, int]:
+    """Bytes that a device sends, by mesh axis (`fsdp+tensor`: over both at once), most first."""
+    total = dict[str, int]()
+    for one in found:
+        name = "unknown" if one.axes is None else "+".join(one.axes)
+        total[name] = total.get(name, 0) + one.sent
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
+    programs, entry, current = dict[str, list[_Instruction]](), "", list[_Instruction]()
+    for line in hlo.splitlines():
+        if opened := _COMPUTATION.match(line):
+            current = programs.setdefault(opened[2], [])
+            entry = opened[2] if opened[1] else entry
+        elif (found := _INSTRUCTION.match(line)) and found[4]:
+            current.append(_Instruction(found[2], found[3], found[4], found[5], bool(found[1])))
+    return programs, entry
+
+
+def _walk(
+    programs: dict[str, list[_Instruction]], name: str, times: int
+) -> Iterator[tuple[_Instruction, int]]:
+    """Every instruction that is run, with how often."""
+    for one in programs.get(name, []):
+        yield one, times
+        inner = times * (_trips(programs, one) if one.operation == "while" else 1)
+        called = _CALLED.findall(one.rest)
+        for branches in _BRANCHES.findall(one.rest):
+            called += re.findall(r"[\w.\-]+", branches)
+        for other in called:
+            yield from _walk(programs, other, inner)
+
+
+def _trips(programs: dict[str, list[_Instruction]], loop: _Instruction) -> int:
+    """How often a loop runs: XLA says, or it counts from 0 to a constant."""
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
+    condition, body = (
+        programs.get(match[1], [])
+        if (match := re.search(rf"{part}=%?([\w.\-]+)", loop.rest))
+        else []
+        for part in ("condition", "body")
+    )
+    limits = _constants(condition)
+    if len(limits) != 1:
+        return 1
+    (limit,) = limits.values()
+    step, counts = 1, _constants(body)
+    root = next((i for i in body if i.root), None)
+    position = next(
+        (int(m[1]) for i in condition
+         if i.operation == "get-tuple-element" and (m := re.search(r"index=(\d+)", i.rest))), None
+    )  # fmt: skip
+    if root is not None and position is not None and position < len(root.operands):
+        counter = next((i for i in body if i.name == root.operands[position]), None)
+        if counter is not None and counter.operation == "add":
+            step = next((counts[o] for o in counter.operands if o in counts), 1)
+    return max(-(-limit // max(step, 1)), 1)
+
+
+def _constants(program: list[_Instruction]) -> dict[str, int]:
+    """The scalar integers of a computation."""
+    return {
+        one.name: int(value[1])
+        for one in program
+        if one.operation == "constant"
+        and re.match(r"[su]\d+\[\]", one.type)
+        and (value := re.match(r"(\d+)\)", one.rest))
+    }
+
+
+def _bytes(one: _Instruction, kind: str, group: int) -> int:
+    sizes = [
+        math.prod(int(n) for n in shape.split(",") if n) * _bits(dtype) // 8
+        for dtype, shape in _ARRAY.findall(one.type)
+        if shape
+    ]
+    total = sum(sizes) or 4
+    if kind == "reduce-scatter":
+        return total * group
+    if one.operation.endswith("-start"):  # the operand is part of the result
+        if kind == "all-gather":
+            return round(total * group / (group + 1))
+        if kind == "collective-permute":
+            return total // 2
+    return total
+
+
+def _bits(dtype: str) -> int:
+    digits = re.search(r"\d+", dtype)
+    return _BITS.get(dtype) or (int(digits[0]) if digits else 32)
+
+
+def _axes(text: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...] | None, int]:
+    """The mesh axes along which the devices of a group differ, and how many they are."""
+    devices = math.prod(mesh.values())
+    if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", text):
+        groups = [
+            [int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])
+        ]
+        groups = [pair for pair in groups if pair[0] != pair[1]]
+        size = 2 if groups else 1
+    else:
+        groups = _groups(text, devices)
+        if groups is None:
+            return None, devices
+        size = max(map(len, groups))
+    coordinates = np.array(np.unravel_index(np.arange(devices), tuple(mesh.values()))).T
+    differ = np.zeros(len(mesh), bool)
+    for group in groups:
+        differ |= np.ptp(coordinates[group], axis=0) > 0
+    return tuple(itertools.compress(mesh, differ)), size
+
+
+def _groups(text: str, devices: int) -> list[list[int]] | None:
+    """The three ways in which HLO writes replica groups."""
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, reshaped, order = (
+            [int(n) for n in (part or "").split(",") if n] for part in iota.groups()
+        )
+        ids = np.arange(devices).reshape(reshaped)
+        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'", named[2])
+        if math.prod(map(int, sizes.values())) != devices or ":" in named[2]:
+            return None
+        ids = np.arange(devices).reshape([int(n) for n in sizes.values()])
+        last = [list(sizes).index(axis) for axis in axes]
+        moved = np.moveaxis(ids, last, range(-len(last), 0))
+        return moved.reshape(-1, math.prod(int(sizes[axis]) for axis in axes)).tolist()
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
+        return [
+            [int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])
+        ]
+    return [[*range(devices)]] if "replica_groups={}" in text else None

@@ -1,0 +1,62 @@
+"""`cla-jax train` as several processes of this machine, each with CPU devices of its own."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MAIN = "from cla_jax.cli import main; main()"
+TRAIN = (
+    "train", "tiny/MQA-CLA2", "--out", "run", "--text", "my.txt", "--data-dir", "data",
+    "--training.data.sequence-length", "32", "--training.data.batch-size", "8",
+    "--training.eval-tokens", "300", "--training.execution.compute-dtype", "float32",
+    "--training.log-every", "1",
+)  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(
+    processes: int, cwd: Path, *arguments: str, devices: int = 1
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """The training command with these arguments, in so many processes; killed at the end."""
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+        f"--xla_force_host_platform_device_count={devices}",
+    }
+    port = free_port()
+    found = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAIN, *TRAIN, *arguments,
+             *(("--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process",
+                str(index)) if processes > 1 else ())],
+            cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in range(processes)
+    ]  # fmt: skip
+    try:
+        yield found
+    finally:
+        for process in found:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def ended(
+    processes: list[subprocess.Popen[str]], seconds: float = 200
+) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each."""
+    said = [process.communicate(timeout=seconds) for process in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]

@@ -1,0 +1,169 @@
+"""Several processes of this machine: the losses of one, checkpoints by all, and what goes wrong."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from cla_jax.parallel import ProcessConfig
+from cla_jax.parallel.processes import join
+from cla_jax.training.metrics import read_metrics
+from tests.experiments.processes import wait_until
+from tests.parallel.models import layout_of
+from tests.parallel.processes import ROOT, ended, free_port, started
+
+TEXT = "the cat sat on the mat, and the dog lay under it.\n" * 200
+
+
+def losses(directory):
+    return {
+        (r["step"], "loss" in r): r.get("loss", r.get("validation_loss"))
+        for r in read_metrics(directory / "metrics.jsonl")
+    }
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold():
+    layout = layout_of("CLA2", "fsdp=4,tensor=2")
+    assert layout is not None
+    assert layout.rows(8) == [*range(8)]
+    array = np.arange(16).reshape(8, 2)
+    placed = layout.batch({"tokens": array}, 8)["tokens"]
+    np.testing.assert_array_equal(placed, array)
+    assert placed.sharding.spec == PartitionSpec(("data", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"processes": 2}, "give coordinator=HOST:PORT too"),
+        ({"coordinator": "node0", "processes": 2, "process": 0}, "expected HOST:PORT"),
+        ({"coordinator": "node0:99999", "processes": 2, "process": 0}, "expected HOST:PORT"),
+        ({"coordinator": "node0:1234", "processes": 2}, "give processes .* and process"),
+        ({"coordinator": "node0:1234", "processes": 2, "process": 2}, "expected 0 to 1"),
+        ({"coordinator": "slurm", "process": 1}, "leave them out"),
+    ],
+)
+def test_what_is_no_process_is_refused(given, part):
+    with pytest.raises(ValueError, match=part):
+        ProcessConfig(**given)
+
+
+def test_slurm_says_which_process_this_is():
+    environment = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4",
+                   "SLURM_PROCID": "3"}  # fmt: skip
+    config = ProcessConfig(coordinator="slurm")
+    with pytest.raises(ValueError, match="SLURM_LOCALID is not set: start every process with srun"):
+        config.resolved(environment)
+    assert config.resolved({**environment, "SLURM_LOCALID": "1"}) == (3, 4)
+    assert ProcessConfig().resolved({}) is None
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"cannot listen on port .* choose another port"):
+            join(ProcessConfig(coordinator=address, processes=2, process=0))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_have_the_losses_of_one(folder):
+    """Also where rows are copied over processes (tensor), and on the way from four to one."""
+    more = ("--training.steps", "4", "--training.eval-every", "2")
+    with started(1, folder, *more, "--out", "one") as processes:
+        assert [code for code, _, _ in ended(processes)] == [0]
+    expected = losses(folder / "one")
+    assert len(expected) == 6
+    for count, devices, mesh in [(2, 2, "data=2,fsdp=2"), (2, 1, "tensor=2"),
+                                 (4, 1, "fsdp=2,tensor=2")]:  # fmt: skip
+        out = f"{count}-{mesh}"
+        with started(count, folder, *more, "--out", out, "--mesh", mesh, devices=devices) as found:
+            said = ended(found)
+        assert [code for code, _, _ in said] == [0] * count, said
+        assert losses(folder / out) == pytest.approx(expected, rel=1e-5)
+        assert f"{count} processes" in said[0][2]
+        assert "validation perplexity" in said[0][1]
+        assert all("perplexity" not in out + error for _, out, error in said[1:])
+    # Finished: loaded by one process, or by several.
+    with started(1, folder, *more, "--out", "4-fsdp=2,tensor=2", "--resume") as processes:
+        assert ended(processes)[0][:2] == (0, said[0][1].splitlines()[-1] + "\n")
+
+
+@pytest.mark.slow
+def test_one_is_killed_and_the_run_goes_on_with_fewer(folder):
+    more = ("--training.steps", "400", "--training.checkpoint-every", "5")
+    with started(4, folder, *more, "--mesh", "fsdp=4") as processes:
+        checkpoints = folder / "run/checkpoints"
+        wait_until(lambda: any(checkpoints.glob("*/commit_success.txt")), processes[0])
+        processes[2].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        said = ended(processes, 60)
+        assert time.monotonic() - began < 60
+    for index in (0, 1, 3):
+        code, _, error = said[index]
+        assert code != 0
+        assert "another process has gone" in error or "another task died" in error, error
+        assert "Traceback" not in error
+    assert any("goes on from its last checkpoint (--resume)" in error for _, _, error in said)
+
+    # A signal to one of two stops both at the same step, with a checkpoint.
+    resume = (*more, "--resume")
+    with started(2, folder, *resume, "--mesh", "data=2") as processes:
+        before = len(losses(folder / "run"))
+        wait_until(lambda: len(losses(folder / "run")) > before + 3, processes[0])
+        processes[1].send_signal(signal.SIGTERM)
+        said = ended(processes, 60)
+    assert [code for code, _, _ in said] == [143, 143], said
+    stopped = [error.rpartition("saved at step ")[2].split(";")[0] for _, _, error in said]
+    assert stopped[0] == stopped[1] != ""
+    assert "resumed at step" in said[0][2]
+    assert (folder / "run/checkpoints" / stopped[0]).exists()
+
+
+@pytest.mark.slow
+def test_what_processes_refuse_they_refuse_together(folder):
+    with started(2, folder, "--training.steps", "2") as processes:  # no mesh
+        for code, _, error in ended(processes, 100):
+            assert code == 1
+            assert "mesh none is 1 device, and 2 processes have 2" in error
+            assert "Traceback" not in error
+    (folder / "run").mkdir()
+    (folder / "run/mine.txt").write_text("mine")
+    with started(2, folder, "--training.steps", "2", "--mesh", "data=2") as processes:
+        for code, _, error in ended(processes, 100):
+            assert code == 1
+            assert "is not empty and holds no run" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("process", "part"),
+    [(1, "nothing has answered at 127.0.0.1"), (0, "not all of 2 processes have come within 3 s")],
+)
+def test_alone(process, part, tmp_path):
+    program = (
+        "from cla_jax.parallel import ProcessConfig, join\n"
+        f"join(ProcessConfig(coordinator='127.0.0.1:{free_port()}', processes=2, "
+        f"process={process}), seconds=3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert part in done.stderr
+    assert f"process {process} of 2" in done.stderr
+    assert "Traceback" not in done.stderr
