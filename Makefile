@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
+TPU := .venv-tpu
 JOBS ?= 2
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.12 --generate-hashes \
     --no-emit-index-url --no-annotate --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all test-parity notebooks lint format docs lock clean-venv
+.PHONY: help quickstart test test-all test-parity test-tpu-aot notebooks lint format docs lock clean-venv
 
 help:
 	@echo "cla-jax: cross-layer key/value sharing in JAX"
@@ -26,12 +27,13 @@ help:
 	@echo "  make test                   the fast tests; ARGS='tests/test_sharing.py -k segments' narrows them"
 	@echo "  make test-all               those and the slow ones (CLA_JAX_TEST_GPU=1: on the GPU as well)"
 	@echo "  make test-parity            checkpoints against the real transformers, in an environment of their own (.venv-parity)"
+	@echo "  make test-tpu-aot           training, prefill and decoding compile for TPU and fit, on a CPU (.venv-tpu, with libtpu)"
 	@echo "  make notebooks              make the notebooks anew from their .py texts and save what they show; ARGS=on_a_gpu: one"
 	@echo "  make lint                   ruff, formatting, types, import arrows"
 	@echo "  make format                 let ruff format and fix what it can"
 	@echo "  make docs                   the documentation as a site, build/docs/index.html, without network"
 	@echo "  make lock                   rewrite the locks from pyproject.toml; UPGRADE=1 takes newer versions"
-	@echo "  make clean-venv             remove .venv and .venv-parity (the next target makes them anew)"
+	@echo "  make clean-venv             remove .venv, .venv-parity and .venv-tpu (the next target makes them anew)"
 	@echo
 	@echo "Python 3.12, 3.13 or 3.14 is looked for, and fetched if need be; PYTHON=PATH chooses one for a new .venv."
 
@@ -49,6 +51,11 @@ test-all: $(VENV)/.stamp-dev
 # of this project. PARITY_PYTHON=PATH makes it with another Python.
 test-parity: $(VENV)/.stamp-dev $(PARITY)/.stamp
 	CLA_JAX_PARITY_PYTHON=$(PARITY)/bin/python $(BIN)/pytest -m transformers $(ARGS)
+
+# libtpu stays out of .venv, where JAX would look for a TPU at every start. .venv-tpu is it, and all
+# that .venv has.
+test-tpu-aot: $(VENV)/.stamp-dev $(TPU)/.stamp
+	$(TPU)/bin/python -m pytest -m tpu_aot $(ARGS)
 
 # A notebook is written as its .py; the .ipynb beside it is made of that. `make test-all` executes the
 # notebooks too, and saves nothing.
@@ -77,7 +84,7 @@ lock: $(BIN)/uv
 	    --output-file requirements-dev.lock
 
 clean-venv:
-	rm -rf $(VENV) $(PARITY)
+	rm -rf $(VENV) $(PARITY) $(TPU)
 
 # An environment made by hand is kept if it will do; else a new one is made, beside a Python that was
 # fetched into it.
@@ -120,4 +127,12 @@ $(PARITY)/.stamp: requirements-parity.txt | $(VENV)/.stamp-dev
 	@$(BIN)/uv pip install --quiet --python $(PARITY)/bin/python --torch-backend=cpu \
 	    --requirement $< 2>/dev/null || \
 	    $(PARITY)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+$(TPU)/.stamp: requirements-tpu.txt | $(VENV)/.stamp-dev
+	@echo "Installing requirements-tpu.txt into $(TPU): libtpu, 140 MB to download, once ..."
+	@rm -rf $(TPU) && $(BIN)/python -m venv $(TPU)
+	@$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+	    > "$$($(TPU)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	@$(TPU)/bin/python -m pip install --quiet --no-deps --requirement $<
 	@touch $@

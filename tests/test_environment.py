@@ -105,8 +105,11 @@ def test_a_gpu(monkeypatch):
     taken = {(c.operation, c.inputs): (c.taken, c.reason) for c in found.attention}
     assert taken["training, prefill", "bfloat16, head dim 128"] == ("cudnn", "fused")
     assert taken["training, prefill", "bfloat16, head dim 512"][0] == "xla"
-    assert taken["decoding", "bfloat16, head dim 128, 1 query"][0] == "cudnn"
-    assert "mask" in taken["decoding", "bfloat16, head dim 128, 4 queries"][1]
+    assert taken["decoding", "bfloat16, head dim 128, 1 query"][0] == "mosaic_gpu"
+    assert taken["decoding", "bfloat16, head dim 128, 4 queries"][0] == "mosaic_gpu"
+    assert "head dim 512" in taken["decoding", "bfloat16, head dim 512, 1 query"][1]
+    others = {c.inputs: dict(c.others) for c in found.attention if c.operation == "decoding"}
+    assert "mask" in others["bfloat16, head dim 128, 4 queries"]["cudnn"]
 
 
 def test_jax_that_does_not_start(monkeypatch):

@@ -165,10 +165,16 @@ def _inference(
     decoder = jax.tree.map(lay, decoder, is_leaf=lambda v: isinstance(v, nnx.Variable))
     cache = jax.eval_shape(lambda: KVCache.create(config, batch, length, dtype))
     entries, scales = layout.of(CACHE_AXES), layout.of(SCALE_AXES)
+
+    def lie(stacks: tuple[Any, ...], where: NamedSharding) -> tuple[Any, ...]:
+        return tuple(_at(stack, where) for stack in stacks)
+
     placed = KVCache(
-        *(tuple(_at(a, entries) for a in stacks) for stacks in (cache.k, cache.v)),
+        lie(cache.k, entries),
+        lie(cache.v, entries),
         _at(cache.lengths, layout.of(("cache_batch",))),
-        *(tuple(_at(a, scales) for a in stacks) for stacks in (cache.k_scale, cache.v_scale)),
+        lie(cache.k_scale, scales),
+        lie(cache.v_scale, scales),
     )
     return decoder, placed
 

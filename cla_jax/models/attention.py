@@ -138,11 +138,15 @@ def attend(
     """Causal softmax attention of whole sequences: query `t` sees keys `0..t`.
 
     Query head `n` reads KV head `n // (N // K)`. With `documents`, a query sees the keys of its own
-    document only; that route passes an explicit mask, which the fused kernel reads from memory.
+    document only; that route passes an explicit mask, which cuDNN reads from memory. Splash
+    attention, on TPU, takes documents as they are.
 
     Returns:
         `[B, T, N, H]` in the dtype of `q`.
     """
+    if platform() == "tpu":
+        _check_ranks(q, kv)
+        return splash.splash_attend(q, *_for_every_shard(kv), documents)
     mask: Bool[Array, "B 1 T T"] | None = None
     if documents is not None:
         mask = documents[:, None, :, None] == documents[:, None, None, :]
@@ -180,19 +184,20 @@ def _attention(
     # cuDNN's masks are of even length in both directions.
     odd = None if mask is None else next((n for n in mask.shape[2:] if n % 2), mask.shape[2])
     path = attention_path(head_dim, q.dtype, odd)
-    if path.implementation == "splash":  # which takes no mask
-        path = AttentionPath("xla", head_dim, "a chunk of a row, on TPU")
-    if mask is not None and path.implementation == "cudnn" and shards("layers") > 1:
+    # Splash attention takes no mask: on TPU this is a chunk of a row.
+    takes, size = path.implementation, path.head_dim
+    implementation, size = ("xla", head_dim) if takes == "splash" else (takes, size)
+    if mask is not None and implementation == "cudnn" and shards("layers") > 1:
         # A pipeline's stages run under jax.vmap, where JAX takes a mask for cuDNN only whole.
         mask = jnp.broadcast_to(mask, (len(mask), q.shape[2], *mask.shape[2:]))
-    padding = ((0, 0), (0, 0), (0, 0), (0, path.head_dim - head_dim))
-    if path.head_dim != head_dim:
+    padding = ((0, 0), (0, 0), (0, 0), (0, size - head_dim))
+    if size != head_dim:
         q, kv = jnp.pad(q, padding), KV(jnp.pad(kv.k, padding), jnp.pad(kv.v, padding))
     # jax.nn mixes float32 softmax statistics with 16-bit inputs on purpose.
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
             q, kv.k, kv.v, mask=mask, is_causal=is_causal, scale=head_dim**-0.5,
-            implementation=path.implementation,
+            implementation=implementation,
         )  # fmt: skip
     return out[..., :head_dim]
 

@@ -7,6 +7,8 @@ that several query heads read, causal masks and segments.
 Axes: `B` batch, `T` length, `N` query heads, `K` KV heads, `H` head dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -82,8 +84,6 @@ def _rows(
         interpret=interpret,
     )  # fmt: skip
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    if segments is None:
-        out = jax.vmap(kernel)(q, k, v)
-    else:
-        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+    ids = () if segments is None else (splash.SegmentIds(segments, segments),)
+    out: Any = jax.vmap(kernel)(q, k, v, *ids)
     return out.swapaxes(1, 2)

@@ -37,7 +37,8 @@ class MetricLog:
     def __init__(
         self, path: Path | None, resume_step: int = 0, trackers: Sequence[OpenTracker] = ()
     ) -> None:
-        self._trackers, self._file = trackers, None
+        self._trackers = trackers
+        self._file: Any = None
         self._last = dict[str, int]()
         if path is None:
             return

@@ -1,5 +1,8 @@
 """`cla-jax plan`: what it prints and what it refuses."""
 
+import importlib.util
+import json
+
 import pytest
 import tyro
 
@@ -77,3 +80,20 @@ def test_says_when_the_batch_does_not_fit(plan):
 def test_refuses(plan, arguments, message):
     with pytest.raises(ValueError, match=message):
         plan(*arguments)
+
+
+@pytest.mark.standard_dtype_promotion
+def test_plan_mesh(run):
+    arguments = ["plan-mesh", "--model", "tiny/MQA-CLA2", "--programs", "decode", "--mesh"]
+    code, out, error = run(*arguments, "tensor=2", "--target", "cpu:2", "--json")
+    assert code == 0, error
+    (plan,) = json.loads(out)
+    assert (plan["program"], plan["mesh"], plan["batch"]) == ("decode", "tensor=2", 2)
+    assert plan["sent"]["tensor"] > 0
+    code, out, _ = run(*arguments, "tensor=2", "--target", "cpu:2")
+    assert code == 0
+    assert "batch 2, context 256; of each device" in out
+    if importlib.util.find_spec("libtpu") is None:
+        code, _, error = run(*arguments, "fsdp=4", "--target", "v5e:2x2")
+        assert code == 1
+        assert "needs the libtpu package: pip install libtpu" in error

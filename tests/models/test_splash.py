@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cla_jax.configs import MeshConfig
-from cla_jax.models import KV, attend
+from cla_jax.models import KV, attend, attention
 from cla_jax.models.splash import splash_attend
 from cla_jax.parallel import Layout, Rules, in_force, make_mesh
 from tests.parallel.models import config_of
@@ -46,6 +46,24 @@ def test_it_is_the_attention_of_jax_nn(length, kv_heads, head_dim, documents, me
     if mesh:
         layout = Layout(make_mesh(MESH), Rules.of(config_of("GQA4"), MESH), MESH)
     with in_force(layout):
-        found = with_gradients(lambda q, kv: splash_attend(q, *kv, ids, interpret=True))
+        found = with_gradients(lambda q, kv: splash_attend(q, kv.k, kv.v, ids, interpret=True))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5, rtol=3e-5)
+
+
+def test_attend_takes_it_on_tpu(monkeypatch):
+    """Whatever this machine is: the mesh in force may be of TPUs that are not there."""
+    q, kv, _ = inputs(128, 4, 1, 64)
+    expected = attend(q, kv)
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    taken = []
+
+    def interpreted(*arguments):
+        taken.append(arguments)
+        return splash_attend(*arguments, interpret=True)
+
+    monkeypatch.setattr(attention.splash, "splash_attend", interpreted)
+    np.testing.assert_allclose(attend(q, kv), expected, atol=3e-5)
+    assert len(taken) == 1
+    path = attention.attention_path(46, jnp.dtype("bfloat16"))
+    assert (path.implementation, path.head_dim) == ("splash", 128)
