@@ -394,7 +394,13 @@ def check_eight_bits(config: ModelConfig, turn: int, dtype: str, *, thorough=Fal
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("pattern", "architecture", "heads"), QUICK)
+@pytest.mark.parametrize(
+    ("pattern", "architecture", "heads"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case[0] not in ("CLA2", "KeepEnds")))
+        for case in QUICK
+    ],
+)
 def test_every_way_with_an_8_bit_cache(pattern, architecture, heads):
     turn = list(PATTERNS).index(pattern)
     config = config_of(PATTERNS[pattern], HEADS[heads], architecture)

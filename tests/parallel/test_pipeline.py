@@ -116,7 +116,8 @@ def test_masks_for_cudnn_have_every_head_in_a_stage(monkeypatch):
 
 @pytest.mark.standard_dtype_promotion
 @pytest.mark.parametrize(
-    "mesh", ["stage=2,data=2", pytest.param("stage=2,tensor=4", marks=pytest.mark.slow)]
+    "mesh",
+    [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("stage=2,data=2", "stage=2,tensor=4")],
 )
 def test_bfloat16_is_as_near_to_float32_as_on_one_device(mesh):
     expected = loss_and_gradients("deep CLA2", "none")
