@@ -23,7 +23,7 @@ __all__ = [
 
 ATTENTION, PRODUCTS, WRITE, SAMPLING = "attention", "products", "cache write", "sampling"
 REST, COPIES, GAPS = "norms, rotary, elementwise", "copies", "gaps"
-KINDS = (ATTENTION, PRODUCTS, REST, WRITE, SAMPLING, COPIES, GAPS)
+KINDS: tuple[str, ...] = (ATTENTION, PRODUCTS, REST, WRITE, SAMPLING, COPIES, GAPS)
 
 # What kernels are called whose names say nothing of the HLO that they come from: those of Mosaic
 # GPU (in a step that decodes these are decode_attention's) and cuDNN; cuBLAS and Triton's products.

@@ -5,6 +5,7 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -26,6 +27,7 @@ from cla_jax.reporting.tables import Column
 __all__ = ["COLUMNS", "Reread", "append_row", "read_rows", "rereads", "verdict"]
 
 FASTER = 0.9  # of the first read's time: what the verdict calls a reuse
+MOST_NOISE = 0.3  # of a ratio that the verdict counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,21 +131,18 @@ def read_rows(path: Path) -> list[Reread]:
         ValueError: no such file, or it holds something else.
     """
     types = typing.get_type_hints(Reread)
-    rows: list[Reread] = []
+
+    def value(name: str, text: str) -> Any:
+        if types[name] in (str, int):
+            return types[name](text)
+        return float(text) if text else None
+
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            for record in csv.DictReader(file):
-                values = {
-                    name: str(text)
-                    if types[name] is str
-                    else None
-                    if text == ""
-                    else types[name](text)
-                    if types[name] is int
-                    else float(text)
-                    for name, text in record.items()
-                }
-                rows.append(Reread(**values))
+            rows = [
+                Reread(**{name: value(name, text) for name, text in record.items()})
+                for record in csv.DictReader(file)
+            ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no measurements of rereads: {error!r}") from None
     if not rows:
@@ -180,10 +179,13 @@ def verdict(rows: Sequence[Reread]) -> str:
     heads = len({row.name for row in rows if row.part == "reads"})
     sentences: list[str] = []
     for line in lines.values():
-        reused = [row for row in line if row.ratio + row.ratio_noise < FASTER]
-        best = min(line, key=lambda row: row.ratio)
+        sure = [row for row in line if row.ratio_noise < MOST_NOISE]
+        reused = [row for row in sure if row.ratio + row.ratio_noise < FASTER]
+        best = min(sure or line, key=lambda row: row.ratio)
         label = _label(line[0], heads)
-        if not reused:
+        if not sure:
+            found = f"too noisy to tell (+- {MOST_NOISE} or more at every size)"
+        elif not reused:
             found = (
                 f"no reuse: the second read takes {best.ratio:.2f} of the first's time at best "
                 f"(+- {best.ratio_noise:.2f}, {best.kv_bytes / 1e6:.1f} MB a layer)"
@@ -252,7 +254,7 @@ def rereads(rows: Sequence[Reread]) -> Figure:
         ticks = sizes if len(sizes) < 7 else sizes[::2]
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(x)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(round(x))))
         axes.set_xlabel("K/V of a layer, log scale")
         axes.set_ylabel("Second read / first")
         ends = [(float(line[-1].kv_bytes), line[-1].ratio) for line in lines]

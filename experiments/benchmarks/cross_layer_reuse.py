@@ -186,18 +186,20 @@ class Reads:
         options, heads = self._options, Heads(*self._options.heads)
         length = heads.length(round(size * MIB), options.rows)
         amounts = sorted({0, *(round(1e6 * amount) for amount in options.weights)})
-        chains = [
-            self._chain(heads, length, amount, halves)
+        chains = {
+            (amount, halves): self._chain(heads, length, amount, halves)
             for amount in amounts
             for halves in (False, True)
-        ]
+            if amount or not halves  # without weights, halves are what a smaller size is
+        }
         threads = min(len(chains), os.cpu_count() or 1)
         # All before the first is timed: compiling disturbs that.
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            compiled = list(pool.map(compile_chain, chains))
+            compiled = dict(zip(chains, pool.map(compile_chain, chains.values()), strict=True))
         rows: list[Reread] = []
-        for whole, halves in zip(compiled[::2], compiled[1::2], strict=True):
-            found = self._measure(whole, halves)
+        for amount in amounts:
+            whole = compiled[amount, False]
+            found = self._measure(whole, compiled.get((amount, True)))
             middle = {name: statistics.median(times) for name, times in found.items()}
             saved = [a - t for a, t in zip(found["apart"], found["together"], strict=True)]
             chain = whole.chain
@@ -205,7 +207,8 @@ class Reads:
                 Reread(
                     "reads", heads.name, chain.kv_bytes, chain.weight_bytes,
                     self._first[heads, length], middle["apart"], middle["together"], noise(saved),
-                    halves=middle["halves"], attention=whole.implementation, device=self._device,
+                    halves=middle.get("halves"), attention=whole.implementation,
+                    device=self._device,
                 )
             )  # fmt: skip
         return rows
