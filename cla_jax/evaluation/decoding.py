@@ -19,6 +19,7 @@ from cla_jax.models import KV, Decoder, UnstackedDecoder
 
 __all__ = [
     "DecodeCosts",
+    "DecodeLoop",
     "bytes_in_use",
     "decode_costs",
     "memory_limit",
@@ -84,6 +85,85 @@ def random_decoder(
     return make(jax.random.key(0))
 
 
+class DecodeLoop:
+    """`decode_block`, `generate`'s own loop, compiled, with a full cache of random K/V.
+
+    Compiled before the cache takes the memory: XLA tries out matrix products as it compiles.
+
+    Args:
+        decoder: the model.
+        batch: rows.
+        context: tokens that a row has room for.
+        cache_dtype: of the cache.
+        steps: that one call may run.
+
+    Attributes:
+        compiled: the program.
+        compile_seconds: it took.
+        cache: None until `fill`.
+    """
+
+    def __init__(
+        self,
+        decoder: UnstackedDecoder,
+        batch: int,
+        context: int,
+        *,
+        cache_dtype: str = "bfloat16",
+        steps: int = 16,
+    ) -> None:
+        config = decoder.config
+        self._decoder, self._batch = decoder, batch
+
+        @jax.jit
+        def full() -> KVCache:
+            empty = KVCache.create(config, batch, context, cache_dtype)
+            row = jax.random.normal(jax.random.key(1), (1, *empty.k[0].shape[2:]), jnp.float32)
+            new = empty.stored(KV(row, row))
+
+            def filled(stacks: tuple[jax.Array, ...], part: Any) -> Any:
+                return tuple(jnp.broadcast_to(part, stack.shape) for stack in stacks)
+
+            return dataclasses.replace(
+                empty,
+                k=filled(empty.k, new.k),
+                v=filled(empty.v, new.v),
+                k_scale=filled(empty.k_scale, new.k_scale),
+                v_scale=filled(empty.v_scale, new.v_scale),
+            )
+
+        self._full = full
+        self._token, self._done = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
+        no_stop = jnp.full((1,), -1, jnp.int32)
+        self._rest = (row_keys(0, range(batch)), Sampling().arrays(), no_stop)
+        began = time.perf_counter()
+        self.compiled: Any = decode_block.lower(
+            decoder, jax.eval_shape(full), self._token, self._done, *self._rest, jnp.int32(steps),
+            size=steps,
+        ).compile()  # fmt: skip
+        self.compile_seconds = time.perf_counter() - began
+        self.cache: KVCache | None = None
+
+    def fill(self) -> KVCache:
+        """Make the cache; its K/V are random."""
+        self.cache = jax.block_until_ready(self._full())
+        return self.cache
+
+    def run(self, start: int, count: int) -> float:
+        """Seconds of one call, which decodes `count` tokens a row behind `start` that it has."""
+        # The cache was donated; only its lengths are set back.
+        lengths = jnp.full((self._batch,), start, jnp.int32)
+        cache = self.fill() if self.cache is None else self.cache
+        cache = dataclasses.replace(cache, lengths=lengths)
+        jax.block_until_ready(cache)
+        began = time.perf_counter()
+        _, self._token, _, self.cache = self.compiled(
+            self._decoder, cache, self._token, self._done, *self._rest, jnp.int32(count)
+        )
+        jax.block_until_ready(self.cache)
+        return time.perf_counter() - began
+
+
 def decode_costs(
     decoder: UnstackedDecoder,
     batch: int,
@@ -94,7 +174,7 @@ def decode_costs(
     repeats: int = 3,
     warm_up: int | None = None,
 ) -> DecodeCosts:
-    """Time `decode_block`, `generate`'s own loop, over a full cache of random K/V.
+    """Time `decode_block` (`DecodeLoop`) over a full cache of random K/V.
 
     Args:
         decoder: the model.
@@ -111,50 +191,20 @@ def decode_costs(
     config, weights = decoder.config, bytes_in_use()
     if context <= steps:
         raise ValueError(f"context {context} must be longer than the {steps} timed steps")
-
-    @jax.jit
-    def full() -> KVCache:
-        empty = KVCache.create(config, batch, context, cache_dtype)
-        row = jax.random.normal(jax.random.key(1), (1, *empty.k[0].shape[2:]), jnp.float32)
-        new = empty.stored(KV(row, row))
-
-        def filled(stacks: tuple[jax.Array, ...], part: Any) -> Any:
-            return tuple(jnp.broadcast_to(part, stack.shape) for stack in stacks)
-
-        return dataclasses.replace(
-            empty,
-            k=filled(empty.k, new.k),
-            v=filled(empty.v, new.v),
-            k_scale=filled(empty.k_scale, new.k_scale),
-            v_scale=filled(empty.v_scale, new.v_scale),
-        )
-
-    lengths = jnp.full((batch,), context - steps, jnp.int32)
-    token, done = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
-    rest = (row_keys(0, range(batch)), Sampling().arrays(), jnp.full((1,), -1, jnp.int32))
-    # Compiled before the cache takes the memory: XLA tries out matrix products as it compiles.
-    shapes = jax.eval_shape(full)
-    began = time.perf_counter()
-    compiled: Any = decode_block.lower(
-        decoder, shapes, token, done, *rest, jnp.int32(steps), size=steps
-    ).compile()
-    compiled_in = time.perf_counter() - began
+    loop = DecodeLoop(decoder, batch, context, cache_dtype=cache_dtype, steps=steps)
     others = bytes_in_use()  # the decoder's, and what a row is kept by
-    cache = jax.block_until_ready(full())
+    cache = loop.fill()
+    cache_bytes = cache.nbytes
     held = weights + bytes_in_use() - others
-    times = list[float]()
-    for call in range(repeats + 1):
-        count = steps if call or warm_up is None else warm_up
-        # The cache was donated; only its lengths are set back.
-        cache = dataclasses.replace(cache, lengths=jnp.copy(lengths))
-        jax.block_until_ready(cache)
-        began = time.perf_counter()
-        _, token, _, cache = compiled(decoder, cache, token, done, *rest, jnp.int32(count))
-        jax.block_until_ready(cache)
-        times.append((time.perf_counter() - began) / count)
     queries = jax.ShapeDtypeStruct(
         (batch, 1, config.query_heads, config.head_dim), decoder.execution.compute_dtype
     )
+    attention, _ = choose_implementation(queries, cache.k[0])
+    del cache  # it is donated
+    times = list[float]()
+    for call in range(repeats + 1):
+        count = steps if call or warm_up is None else warm_up
+        times.append(loop.run(context - steps, count) / count)
     settings = MemorySettings(cache_dtype, decoder.execution.compute_dtype)
     return DecodeCosts(
         model=config.name,
@@ -163,12 +213,12 @@ def decode_costs(
         cache_dtype=cache_dtype,
         step_seconds=statistics.median(times[1:]),
         read_bytes=step_reads(config, batch, context, settings).total,
-        cache_bytes=cache.nbytes,
+        cache_bytes=cache_bytes,
         held_bytes=held,
         peak_bytes=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        compile_seconds=compiled_in,
-        attention=choose_implementation(queries, cache.k[0])[0],
+        temporary_bytes=loop.compiled.memory_analysis().temp_size_in_bytes,
+        compile_seconds=loop.compile_seconds,
+        attention=attention,
     )
 
 

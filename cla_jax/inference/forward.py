@@ -136,7 +136,8 @@ def _forward(
             # What is read now is what will be read from the cache later.
             fresh[slot] = cache.stored(layer.keys_values(x, h, angles))
             write = cache.begin if begins else cache.write
-            cache = write(slot, fresh[slot], first_row)
+            with jax.named_scope("cache_write"):
+                cache = write(slot, fresh[slot], first_row)
         if index == sharing.owner_layers[-1] and not all_logits and length > 1:
             last = jnp.maximum(widths - 1, 0)[:, None]
             x, h = (jnp.take_along_axis(a, last[:, :, None], axis=1) for a in (x, h))

@@ -365,7 +365,8 @@ def decode_block(
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, done, out, cache = state
         logits, cache = extend(decoder, token[:, None], cache, (~done).astype(jnp.int32))
-        token = sample(logits, step_keys(keys, cache.lengths), sampling)
+        with jax.named_scope("sample"):
+            token = sample(logits, step_keys(keys, cache.lengths), sampling)
         out = out.at[:, step].set(jnp.where(done, _NO_TOKEN, token))
         return step + 1, token, done | jnp.isin(token, stops), out, cache
 

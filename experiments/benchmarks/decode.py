@@ -1,6 +1,8 @@
 """Decoding at 1B: tokens/s, ms per step, and the share of the read bandwidth that a step attains.
 
     python experiments/benchmarks/decode.py --out decode.csv
+    python experiments/benchmarks/decode.py --models 1B/H128-MQA-CLA2 --batch 64 \
+        --context 8192 --profile
     python experiments/benchmarks/decode.py --models tiny/MQA tiny/MQA-CLA2 --batch 1 4 \
         --context 64 256 --prefill
 
@@ -8,7 +10,8 @@ A step must read the weights once and K/V once for every layer, readers too (CLA
 ceiling is what this device reads, measured in the same run. Batch 0 is the largest that the planner
 lets fit. Random weights and K/V; times are of `generate`'s own loop. `--stacked` sets the same step
 beside it with the weights stacked as training has them, `--prefill` times fast prefill against the
-whole forward pass. Results of record: docs/results.md.
+whole forward pass. `--profile` says behind each row what kernels its step consists of; with
+`--out decode.csv` also in `decode.profile.md`. Results of record: docs/results.md.
 """
 
 import dataclasses
@@ -29,15 +32,18 @@ from cla_jax import model
 from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.evaluation.decoding import (
     DecodeCosts,
+    DecodeLoop,
     decode_costs,
     memory_limit,
     random_decoder,
     read_bandwidth,
 )
+from cla_jax.evaluation.profiling import Part, breakdown, op_names, traced
 from cla_jax.inference import KVCache, prefill
-from cla_jax.inference.planning import largest_batch
+from cla_jax.inference.planning import largest_batch, step_reads
 from cla_jax.inference.sizes import format_size, parse_size
-from cla_jax.models import Decoder
+from cla_jax.models import Decoder, UnstackedDecoder
+from cla_jax.reporting import Column, markdown
 from cla_jax.sharing import KVSharing
 
 COLUMNS = (
@@ -70,6 +76,8 @@ class Benchmark:
     """Also with the weights stacked."""
     prefill: bool = False
     """Also prefill: whole, and fast."""
+    profile: bool = False
+    """Also where the step's time goes, from a profiler's trace of eight steps."""
     out: Path | None = None
     """Write the table here too, as CSV, row by row; it must not exist yet."""
 
@@ -101,6 +109,35 @@ def timed(call: Callable[[], Any], repeats: int = 10) -> float:
         jax.block_until_ready(call())
         times.append(time.perf_counter() - began)
     return statistics.median(times[2:])
+
+
+def profile(decoder: UnstackedDecoder, batch: int, context: int, ceiling: float) -> str:
+    """A table of a step's time by kind of operation, and its floor: the bytes at the ceiling."""
+    steps = min(8, context - 1)
+    loop = DecodeLoop(decoder, batch, context, steps=steps)
+    loop.run(context - steps, steps)
+    try:
+        operations = traced(lambda: loop.run(context - steps, steps), "jit_decode_block")
+    except ValueError as error:  # the row before it stands
+        return f"{decoder.config.name}: no profile: {error}\n"
+    parts = breakdown(operations, op_names(loop.compiled.as_text()), steps)
+    reads = step_reads(decoder.config, batch, context)
+    floors = {"attention": reads.kv / ceiling, "products": reads.weights / ceiling}
+    whole = sum(part.seconds for part in parts)
+    total = Part("step", sum(part.operations for part in parts), whole, 1.0)
+    floors["step"] = reads.total / ceiling
+    columns = (
+        Column[Part]("kind", f"{decoder.config.name}, {batch} x {context}", lambda p: p.kind),
+        Column[Part]("operations", "operations", lambda p: p.operations, ".1f"),
+        Column[Part]("us", "us", lambda p: 1e6 * p.seconds, ".1f"),
+        Column[Part]("share", "of the step", lambda p: p.share, ".3f"),
+        Column[Part]("floor", "floor, us", lambda p: _microseconds(floors.get(p.kind)), ".1f"),
+    )
+    return markdown((*parts, total), columns)
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e6 * seconds
 
 
 def compare_prefill(config: ModelConfig, rows: int = 4, length: int = 2048) -> None:
@@ -142,6 +179,12 @@ def main(options: Benchmark) -> None:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    def show_profile(table: str) -> None:
+        print(f"\n{table}", flush=True)
+        if options.out is not None:
+            with options.out.with_suffix(".profile.md").open("a", encoding="utf-8") as file:
+                file.write(f"{table}\n")
+
     show(",".join(COLUMNS))
     for config in configs:
         name = config.name
@@ -156,6 +199,8 @@ def main(options: Benchmark) -> None:
                     continue
                 try:
                     show(line_of(decode_costs(decoder, size, context), ceiling))
+                    if options.profile:
+                        show_profile(profile(decoder, size, context, ceiling))
                 except jax.errors.JaxRuntimeError as error:
                     print(f"{name}, batch {size}, context {context}: {str(error)[:200]}")
                     gc.collect()  # the error's frames hold arrays
