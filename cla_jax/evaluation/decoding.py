@@ -146,8 +146,9 @@ class DecodeLoop:
 
     def fill(self) -> KVCache:
         """Make the cache; its K/V are random."""
-        self.cache = jax.block_until_ready(self._full())
-        return self.cache
+        cache = jax.block_until_ready(self._full())
+        self.cache = cache
+        return cache
 
     def run(self, start: int, count: int) -> float:
         """Seconds of one call, which decodes `count` tokens a row behind `start` that it has."""

@@ -127,8 +127,8 @@ class Chain:
 
     @property
     def width(self) -> int:
-        """Of what the products make of an attention output, between them."""
-        return max(1, round(self.weight_bytes / (4 * self.heads.query * self.heads.dim)))
+        """Of what the products make of an attention output, between them: a multiple of 64."""
+        return max(1, round(self.weight_bytes / (4 * 64 * self.heads.query * self.heads.dim))) * 64
 
     def weights_of(self, read: int) -> int:
         """Which weights follow a read: both halves of a layer have the same."""

@@ -251,7 +251,10 @@ def rereads(rows: Sequence[Reread]) -> Figure:
         })  # fmt: skip
         ratios = [row.ratio for row in rows]
         axes.set_ylim(min(0.0, *ratios) - 0.05, max(1.2, *ratios) + 0.05)
-        ticks = sizes if len(sizes) < 7 else sizes[::2]
+        ticks = sizes[:1]
+        for size in sizes:  # as many as have room for their names
+            if size >= 3 * ticks[-1]:
+                ticks.append(size)
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(round(x))))
