@@ -4,7 +4,9 @@ Eight fake CPU devices, strict promotion rules, runtime checks of every annotati
 figures without a display, and the same hypothesis examples in every run of CI.
 """
 
+import gc
 import os
+from pathlib import Path
 
 ON_GPU = os.environ.get("CLA_JAX_TEST_GPU") == "1"
 
@@ -59,3 +61,23 @@ def _dtype_promotion(request: pytest.FixtureRequest):
     else:
         with jax.numpy_dtype_promotion("standard"):
             yield
+
+
+_finished = 0  # tests of this process
+
+
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Drops compiled programs before they use up the memory maps that a process may have.
+
+    Each takes several, and Linux allows 65,530: the compiler crashes at one more. No test may hold
+    on to a program, only to the function that is compiled.
+    """
+    global _finished
+    _finished += 1
+    maps = Path("/proc/self/maps")
+    if nextitem is None or _finished % 25 or not maps.exists():
+        return
+    with maps.open() as lines:
+        if sum(1 for _ in lines) > 15_000:
+            jax.clear_caches()
+            gc.collect()
