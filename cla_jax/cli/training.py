@@ -67,25 +67,26 @@ class Train:
             recipe = dataclasses.replace(recipe, execution=execution)
         if self.mesh:
             recipe = dataclasses.replace(recipe, mesh=MeshConfig.parse(self.mesh))
-        several = self.coordinator or self.processes or self.process is not None
-        if self.mesh or several or self.microbatches is not None:
-            from cla_jax.parallel import ProcessConfig, check_mesh, join
-
-            join(
-                ProcessConfig(
-                    coordinator=self.coordinator, processes=self.processes, process=self.process
-                )
-            )
-            check_mesh(config, recipe)  # before text is prepared
         from cla_jax import data
-        from cla_jax.parallel.processes import is_first
+        from cla_jax.parallel import ProcessConfig, check_mesh, join
+        from cla_jax.parallel.processes import agree, is_first
         from cla_jax.training import train
 
-        if self.data is not None:
-            streams = data.open_prepared(self.data)
-        else:
+        join(
+            ProcessConfig(
+                coordinator=self.coordinator, processes=self.processes, process=self.process
+            )
+        )
+
+        def prepare() -> data.Streams:
+            check_mesh(config, recipe)
+            if self.data is not None:
+                return data.open_prepared(self.data)
             corpus = data.prepare_corpus(data.corpus_at(self.text), self.data_dir)
-            streams = data.prepare_streams(corpus, data.ByteTokenizer(), self.data_dir)
+            return data.prepare_streams(corpus, data.ByteTokenizer(), self.data_dir)
+
+        # Together: where one leaves first, the others would be told that it is lost.
+        streams = agree(prepare)
         if self.resume and is_first() and not (self.out / "config.json").exists():
             print(f"nothing to resume in {self.out}: starting at step 0", file=sys.stderr)
         trained = train(config, recipe, streams, self.out, resume=self.resume, force=self.force)

@@ -133,9 +133,6 @@ def test_one_is_killed_and_the_run_goes_on_with_fewer(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="failed once in a whole run, passes alone: not yet understood", strict=False
-)
 def test_what_processes_refuse_they_refuse_together(folder):
     with started(2, folder, "--training.steps", "2") as processes:  # no mesh
         for code, _, error in ended(processes, 100):
