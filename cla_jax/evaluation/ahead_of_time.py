@@ -7,7 +7,6 @@ devices without it. Nothing is run: speed is not to be had so, memory and collec
 import contextlib
 import os
 import re
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,12 +15,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from cla_jax._choices import check_choice
-from cla_jax.configs import ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
+from cla_jax.configs import ExecutionConfig, ModelConfig, TrainConfig
 from cla_jax.inference import KVCache, extend, prefill
 from cla_jax.inference.cache import CACHE_AXES, SCALE_AXES
 from cla_jax.models.sharding import logical_axes
-from cla_jax.parallel import Layout, Rules, in_force, make_mesh
-from cla_jax.parallel.mesh import resolve_mesh
+from cla_jax.parallel import Layout, in_force
 from cla_jax.training import Model, make_train_step
 from cla_jax.training.optimizer import make_optimizer
 from cla_jax.training.step import init_state, state_shardings
@@ -33,7 +31,6 @@ __all__ = [
     "compile_prefill",
     "compile_train_step",
     "target_devices",
-    "target_layout",
 ]
 
 type Program = Literal["train", "prefill", "decode"]
@@ -91,16 +88,6 @@ def _cpu_devices(target: str, count: str) -> list[Any]:
             f"cpu:{len(found)}"
         )
     return list(found[: int(count)])
-
-
-def target_layout(mesh: MeshConfig, model: ModelConfig, devices: Sequence[Any]) -> Layout:
-    """A model's layout on a mesh of these devices; of one device too.
-
-    Raises:
-        ValueError: sizes that do not fit devices or model.
-    """
-    resolved = resolve_mesh(mesh, devices)
-    return Layout(make_mesh(resolved, devices), Rules.of(model, resolved), resolved)
 
 
 def compile_train_step(

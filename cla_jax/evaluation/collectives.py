@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Collective", "bytes_by_axis", "collectives"]
+__all__ = ["Collective", "bytes_by_axis", "collectives", "read_groups"]
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
           "ragged-all-to-all", "collective-broadcast")  # fmt: skip
@@ -23,6 +23,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
+_GROUPS = re.compile(
+    r"(?P<kind>replica_groups|source_target_pairs)=(?P<groups>.*?)(?:, [a-z_]+=|$)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -97,6 +100,46 @@ def bytes_by_axis(found: Sequence[Collective]) -> dict[str, int]:
         name = "unknown" if one.axes is None else "+".join(one.axes)
         total[name] = total.get(name, 0) + one.sent
     return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def read_groups(text: str, devices: int) -> list[tuple[int, ...]]:
+    """Groups of devices, or pairs of a permutation, in each of the ways that XLA writes them.
+
+    `{{0,2},{1,3}}`; `[2,4]<=[8]` and `[2,2]<=[2,2]T(1,0)` (an iota, reshaped and transposed);
+    `mesh['stage'=2,'data'=4] {'stage'}` (the devices that differ in these axes alone); `{}`: all.
+
+    Args:
+        text: the value of `replica_groups` or `source_target_pairs`.
+        devices: of the program.
+
+    Raises:
+        ValueError: they are written otherwise.
+    """
+    if text == "{}":
+        return [tuple(range(devices))]
+    if text.startswith("{"):
+        return [tuple(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", text)]
+    if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, source, order = (
+            [int(n) for n in (part or "").split(",") if n] for part in iota.groups()
+        )
+        ids = np.arange(math.prod(source)).reshape(source)
+        groups = (ids.transpose(order) if order else ids).reshape(shape)
+        return [tuple(group) for group in groups.tolist()]
+    mesh = re.fullmatch(r"mesh\[(.*?)\] \{(.*)\}", text)
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1] if mesh else "")}
+    if (
+        mesh is None
+        or ":" in mesh[2]
+        or "device_ids" in text
+        or math.prod(sizes.values()) != devices
+    ):
+        raise ValueError(f"groups of {devices} devices written as {text!r}")
+    named = re.findall(r"'([^']+)'", mesh[2])
+    ids = np.arange(devices).reshape([*sizes.values()])
+    moved = np.moveaxis(ids, [[*sizes].index(axis) for axis in named], range(-len(named), 0))
+    groups = moved.reshape(-1, math.prod(sizes[axis] for axis in named))
+    return [tuple(group) for group in groups.tolist()]
 
 
 def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -187,43 +230,16 @@ def _bits(dtype: str) -> int:
 def _axes(text: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...] | None, int]:
     """The mesh axes along which the devices of a group differ, and how many they are."""
     devices = math.prod(mesh.values())
-    if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", text):
-        groups = [
-            [int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])
-        ]
+    written = _GROUPS.search(text)
+    try:
+        groups = read_groups(written["groups"] if written else "", devices)
+    except ValueError:
+        return None, devices
+    if written and written["kind"] == "source_target_pairs":
         groups = [pair for pair in groups if pair[0] != pair[1]]
-        size = 2 if groups else 1
-    else:
-        groups = _groups(text, devices)
-        if groups is None:
-            return None, devices
-        size = max(map(len, groups))
+    size = max(map(len, groups), default=1)
     coordinates = np.array(np.unravel_index(np.arange(devices), tuple(mesh.values()))).T
     differ = np.zeros(len(mesh), bool)
     for group in groups:
-        differ |= np.ptp(coordinates[group], axis=0) > 0
+        differ |= np.ptp(coordinates[list(group)], axis=0) > 0
     return tuple(itertools.compress(mesh, differ)), size
-
-
-def _groups(text: str, devices: int) -> list[list[int]] | None:
-    """The three ways in which HLO writes replica groups."""
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, reshaped, order = (
-            [int(n) for n in (part or "").split(",") if n] for part in iota.groups()
-        )
-        ids = np.arange(devices).reshape(reshaped)
-        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-        axes = re.findall(r"'([^']+)'", named[2])
-        if math.prod(map(int, sizes.values())) != devices or ":" in named[2]:
-            return None
-        ids = np.arange(devices).reshape([int(n) for n in sizes.values()])
-        last = [list(sizes).index(axis) for axis in axes]
-        moved = np.moveaxis(ids, last, range(-len(last), 0))
-        return moved.reshape(-1, math.prod(int(sizes[axis]) for axis in axes)).tolist()
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
-        return [
-            [int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])
-        ]
-    return [[*range(devices)]] if "replica_groups={}" in text else None

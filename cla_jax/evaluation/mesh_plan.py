@@ -26,7 +26,6 @@ from cla_jax.evaluation.ahead_of_time import (
     compile_prefill,
     compile_train_step,
     target_devices,
-    target_layout,
 )
 from cla_jax.evaluation.collectives import bytes_by_axis, collectives
 from cla_jax.parallel import Layout, check_mesh
@@ -115,7 +114,7 @@ def plan_mesh(
     """
     work = work or MeshWork()
     devices = target_devices(target)
-    layout = target_layout(mesh, config, devices)
+    layout = Layout.on(mesh, config, devices)
     batch = layout.mesh.size if work.batch is None else work.batch
     context = config.sequence_length if work.context is None else work.context
     for name, value in (("batch", batch), ("context", context)):

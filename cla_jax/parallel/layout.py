@@ -34,6 +34,18 @@ class Layout:
     rules: Rules
     mesh_config: MeshConfig
 
+    @classmethod
+    def on(
+        cls, mesh: MeshConfig, model: ModelConfig, devices: Sequence[Any] | None = None
+    ) -> "Layout":
+        """A model's layout on a mesh of these devices (default all), of one device too.
+
+        Raises:
+            ValueError: sizes that do not fit the devices or the model; names those that do.
+        """
+        resolved = resolve_mesh(mesh, devices)
+        return cls(make_mesh(resolved, devices), Rules.of(model, resolved), resolved)
+
     @property
     def replicated(self) -> NamedSharding:
         """A copy on every device."""
@@ -86,11 +98,8 @@ def make_layout(
     Raises:
         ValueError: sizes that do not fit the devices or the model; names those that do.
     """
-    resolved = resolve_mesh(mesh, devices)
-    rules = Rules.of(model, resolved)
-    if resolved.devices == 1:
-        return None
-    return Layout(make_mesh(resolved, devices), rules, resolved)
+    layout = Layout.on(mesh, model, devices)
+    return None if layout.mesh_config.devices == 1 else layout
 
 
 def check_mesh(

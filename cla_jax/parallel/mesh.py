@@ -42,9 +42,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: the sizes do not fit the devices; names sizes that do.
     """
     found = jax.devices() if devices is None else list(devices)
-    sizes = resolve_mesh(config, found).sizes
-    shape = tuple(sizes[axis] for axis in _ORDER)
+    resolved = resolve_mesh(config, found)
+    shape = tuple(resolved.sizes[axis] for axis in _ORDER)
     return jax.make_mesh(
-        shape, _ORDER, axis_types=(AxisType.Auto,) * len(shape),
-        devices=found[: resolve_mesh(config, found).devices],
-    )  # fmt: skip
+        shape, _ORDER, axis_types=(AxisType.Auto,) * len(shape), devices=found[: resolved.devices]
+    )

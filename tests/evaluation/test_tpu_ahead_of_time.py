@@ -13,9 +13,9 @@ from cla_jax.evaluation.ahead_of_time import (
     compile_prefill,
     compile_train_step,
     target_devices,
-    target_layout,
 )
 from cla_jax.evaluation.mesh_plan import MeshWork, plan_mesh
+from cla_jax.parallel import Layout
 from cla_jax.registry import model
 
 pytestmark = [
@@ -52,7 +52,7 @@ def test_the_training_step_fits(target, mesh, remat):
 
 
 def layout_of(mesh):
-    return target_layout(MeshConfig.parse(mesh), CONFIG, target_devices("v5e:4x4"))
+    return Layout.on(MeshConfig.parse(mesh), CONFIG, target_devices("v5e:4x4"))
 
 
 def test_whole_sequences_have_no_square_of_scores():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cla_jax.configs import ExecutionConfig, MeshConfig
+from cla_jax.evaluation.collectives import read_groups
 from cla_jax.models import pipeline_layers, scan_layers
 from cla_jax.models.attention import AttentionPath
 from cla_jax.parallel import in_force, make_layout, pipeline_ideal
@@ -18,7 +19,7 @@ from cla_jax.sharing import KVSharing
 from cla_jax.training import Model
 from cla_jax.training.loss import weighted_loss
 from tests.models.reference import QUICK_COMPILE
-from tests.parallel.hlo import across_stages, permuted, read_groups
+from tests.parallel.hlo import across_stages, permuted
 from tests.parallel.models import PIPELINED, config_of
 
 ROWS, T, D, MICROBATCHES, CHUNK = 16, 16, 32, 4, 128
