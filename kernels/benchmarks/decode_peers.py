@@ -14,7 +14,6 @@ import numpy as np
 from decode_shapes import Shape
 from decode_timing import Cache, Measured, Timing, reason, slope
 
-PEERS = ("torch_flash", "torch_cudnn", "flashinfer")
 PAGE = 64
 WORKSPACE = 512 * 2**20
 

@@ -130,7 +130,8 @@ def combine(
                     for one, new in zip(largest, news, strict=True)
                 ]
                 seen = [one > _NOTHING for one in largest]
-                acc = acc + jnp.where(spread(scales) > 0, loaded, 0.0) * spread(scales)
+                factor = spread(scales)
+                acc = acc + jnp.where(factor > 0, loaded, 0.0) * factor
                 totals = [
                     t + jnp.where(s, f * w, 0.0)
                     for t, f, w, s in zip(totals, scales, weight, seen, strict=True)

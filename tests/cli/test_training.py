@@ -5,14 +5,20 @@ import json
 import pytest
 
 
+def short_run(folder, *, steps, rows):
+    """Arguments that train a model on a text, which is written into the folder."""
+    (folder / "my.txt").write_text("the cat sat on the mat.\n" * 100)
+    return [
+        "train", "tiny/MQA-CLA2", "--out", "runs/mine", "--text", "my.txt",
+        "--training.steps", str(steps), "--training.data.sequence-length", "32",
+        "--training.data.batch-size", str(rows), "--training.eval-tokens", "64",
+        "--training.execution.compute-dtype", "float32",
+    ]  # fmt: skip
+
+
 def test_train_end_to_end(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.txt").write_text("the cat sat on the mat.\n" * 100)
-    arguments = [
-        "train", "tiny/MQA-CLA2", "--out", "runs/mine", "--text", "my.txt", "--training.steps", "3",
-        "--training.data.sequence-length", "32", "--training.data.batch-size", "2",
-        "--training.eval-tokens", "64", "--training.execution.compute-dtype", "float32",
-    ]  # fmt: skip
+    arguments = short_run(tmp_path, steps=3, rows=2)
     code, out, error = run(*arguments)
     assert code == 0, error
     result = json.loads((tmp_path / "runs/mine/result.json").read_text())
@@ -70,12 +76,7 @@ def test_train_refuses_an_unknown_model_before_it_reads_anything(run, tmp_path, 
 @pytest.mark.slow
 def test_train_and_generate_on_meshes(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.txt").write_text("the cat sat on the mat.\n" * 100)
-    arguments = [
-        "train", "tiny/MQA-CLA2", "--out", "runs/mine", "--text", "my.txt", "--training.steps", "2",
-        "--training.data.sequence-length", "32", "--training.data.batch-size", "4",
-        "--training.eval-tokens", "64", "--training.execution.compute-dtype", "float32",
-    ]  # fmt: skip
+    arguments = short_run(tmp_path, steps=2, rows=4)
     code, _, error = run(*arguments, "--mesh", "fsdp=2,tensor=2")
     assert code == 0, error
     assert "mesh fsdp=2,tensor=2, 4 of 8 devices" in error
