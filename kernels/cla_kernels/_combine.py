@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from cla_kernels._schedule import Schedule
-from cla_kernels._tuning import Tuning
+from cla_kernels._tuning import Tuning, tile_rows
 
 _NOTHING = -1e30  # the largest score of a stretch in which nothing is visible
 _THREADS = 128  # of a warpgroup
@@ -19,78 +19,73 @@ _MOST_REGISTERS = 160  # of a thread, for what is in flight
 _AHEAD = 8  # loads in flight: of more, the code itself would take longer to load
 
 
-def _rows_together(row_heads: int, rows: int, all_rows: int, columns: int, programs: int) -> int:
-    """Rows of queries of a program: as few as fill the warpgroup, or keep the grid in one wave.
+class Cut(NamedTuple):
+    """How the rows of queries of a row and KV head are shared out."""
 
-    0: none divides them.
+    rows: int  # of a result: those wanted, or whole tiles of them
+    together: int  # of a program
+
+
+def cut_rows(row_heads: int, rows: int, columns: int, tuning: Tuning) -> Cut:
+    """As few rows a program as fill the warpgroup, or as keep the grid in one wave.
+
+    Args:
+        row_heads: batch rows times KV heads.
+        rows: of queries to one.
+        columns: of a result.
+        tuning: how many programs a wave has.
     """
-    for together in range(1, rows + 1):
-        width = together * columns
-        if rows % together or all_rows % together or width % _THREADS:
-            continue
-        fits = row_heads * (rows // together) <= programs
-        if fits or 2 * width > 1024 or rows % (2 * together):
-            return together
-    return 0
+    all_rows = tile_rows(rows)
+    # Where there are more than units, most are one unit's, and their programs only end.
+    joins, most = (row_heads, 16) if row_heads <= tuning.units else (tuning.units, 4)
+    # Where results are stored from, rows lie in eights.
+    for wanted in (rows, all_rows) if rows < 8 else (all_rows,):
+        for together in range(1, wanted + 1):
+            width = together * columns
+            if wanted % together or all_rows % together or width % _THREADS:
+                continue
+            fits = joins * (wanted // together) <= most * tuning.units
+            if fits or 2 * width > 1024 or wanted % (2 * together):
+                return Cut(wanted, together)
+    raise AssertionError(f"{rows} rows of {columns} columns")  # eight rows of 64 fit
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "kv_heads", "dtype", "tuning"))
+@functools.partial(jax.jit, static_argnames=("together", "tuning"))
 def combine(
+    done: jax.Array,
     sums: jax.Array,
     statistics: jax.Array,
     plan: Schedule,
-    rows: int,
-    kv_heads: int,
-    dtype: jnp.dtype,
+    *,
+    together: int,
     tuning: Tuning,
 ) -> jax.Array:
     """Softmax attention from what the units found.
 
     Args:
+        done: `[B * K, rows, C]`, of what one unit read whole; written in place.
         sums: `[stretches, R, C]`, float32, as `partial_attention` returns them.
         statistics: `[stretches, 2, R]`, likewise.
         plan: by which they were found.
-        rows: of the `R` that are wanted.
-        kv_heads: `K`.
-        dtype: of the result.
+        together: rows of queries to a program.
         tuning: of the plan.
 
     Returns:
-        `[B, K, rows or R, C]`.
+        `done`, with everything in it.
     """
     stretches, all_rows, columns = sums.shape
-    batch = plan.lengths.shape[0]
-    find = functools.partial(
-        _rows_together,
-        batch * kv_heads,
-        all_rows=all_rows,
-        columns=columns,
-        programs=16 * tuning.units,
-    )
-    if not (together := find(rows)):
-        rows, together = all_rows, find(all_rows)
+    row_heads, rows, _ = done.shape
     width = together * columns
     sums = sums.reshape(stretches, all_rows // together, width)
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // _THREADS, 4))
     # Stretches of a row and KV head, where lengths are equal. Many are shared among warpgroups.
-    likely = tuning.units // (batch * kv_heads) + 2
+    likely = tuning.units // row_heads + 2
     groups = 4 if likely > 32 else 1
     most = _MOST_REGISTERS // (width // _THREADS + 2 * together)
     ahead = max(1, min(-(-likely // groups), most, _AHEAD))
 
-    def kernel(
-        sums_ref: Any, statistics_ref: Any, start_ref: Any, each_ref: Any, out: Any, *shared: Any
-    ) -> None:
-        index, group = lax.axis_index("i"), lax.axis_index("g")
-        row = lax.div(index, jnp.int32(kv_heads))
-        # The first kernel has waited for the schedule, and started this one only after.
-        row_start, each = start_ref[row], each_ref[0]
-        blocks = lax.div(start_ref[row + 1] - row_start, jnp.int32(kv_heads))
-        begin = row_start + (index - row * kv_heads) * blocks
-        first, last = lax.div(begin, each), lax.div(begin + blocks - 1, each)
-        if tuning.on_device:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
+    def join(refs: tuple[Any, ...], index: Any, group: Any, first: Any, last: Any) -> None:
+        sums_ref, statistics_ref, out, *shared = refs
         if groups > 1:
             share = lax.div(last - first + groups, jnp.int32(groups))
             first = first + lax.axis_index("wg") * share
@@ -145,7 +140,7 @@ def combine(
 
         def finish(acc: jax.Array, total: jax.Array) -> None:
             inverse = jnp.where(total > 0, 1.0 / total, 0.0)
-            out.at[index, group][...] = (acc * inverse).astype(dtype)
+            out.at[index, group][...] = (acc * inverse).astype(done.dtype)
 
         if groups == 1:
             finish(acc, spread(totals))
@@ -175,6 +170,17 @@ def combine(
                 whole, weights = whole + factor * given, weights + factor * total
             finish(whole, weights)
 
+    def kernel(sums_ref: Any, statistics_ref: Any, join_ref: Any, out: Any, *shared: Any) -> None:
+        join_number, group = lax.axis_index("i"), lax.axis_index("g")
+        # The first kernel has waited for the schedule, and started this one only after.
+        index, first, last = (join_ref[join_number, i] for i in range(3))
+        if tuning.on_device:
+            plgpu.griddepcontrol_launch_dependents()
+            # Whoever comes next waits for this kernel alone, so it must not end before the first.
+            pl.when((first < last) | (join_number + group == 0))(plgpu.griddepcontrol_wait)
+        refs = sums_ref, statistics_ref, out, *shared
+        pl.when(first < last)(functools.partial(join, refs, index, group, first, last))
+
     several: dict[str, Any] = {}
     if groups > 1:
         several = {
@@ -185,12 +191,12 @@ def combine(
                 plgpu.Barrier(num_arrivals=groups - 1),
             ],
         }
-    result = plgpu.kernel(
+    result = jax.new_ref(done.reshape(row_heads, rows // together, width))
+    plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((batch * kv_heads, rows // together, width), dtype),
-        grid=(batch * kv_heads, rows // together),
+        grid=(plan.joins.shape[0], rows // together),
         grid_names=("i", "g"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **several,
-    )(sums, statistics, plan.starts, plan.each)
-    return result.reshape(batch, kv_heads, rows, columns)
+    )(sums, statistics, plan.joins, result)
+    return jax.freeze(result).reshape(done.shape)

@@ -10,7 +10,7 @@ the first still runs.
 import jax
 import jax.numpy as jnp
 
-from cla_kernels._combine import combine
+from cla_kernels._combine import combine, cut_rows
 from cla_kernels._partial import Cached, partial_attention
 from cla_kernels._schedule import schedule
 from cla_kernels._tuning import (
@@ -113,8 +113,10 @@ def _attend(
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
     cut = tuned(T * heads, H, cached.k.dtype, B * K * S, tuning)
     plan = schedule(lengths, K, S, cut)
+    written, together = cut_rows(B * K, T * heads, tile_columns(H), cut)
     found = partial_attention(
-        rows, cached, plan, layer, queries=T, heads=heads, scale=scale, tuning=cut
+        rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=written, tuning=cut
     )
-    out = combine(*found, plan, T * heads, K, q.dtype, cut)[:, :, : T * heads, :H]
+    out = combine(*found, plan, together=together, tuning=cut)
+    out = out[:, : T * heads, :H].astype(q.dtype)
     return out.reshape(B, K, T, heads, H).swapaxes(1, 2).reshape(B, T, N, H)

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cla_kernels._schedule import Schedule
+from cla_kernels._schedule import Schedule, stored_blocks
 from cla_kernels._tuning import TILE_KEYS, Tuning, tile_columns, tile_rows
 
 _TILE = plgpu.Layout.WGMMA
@@ -51,7 +51,7 @@ def _widened(tile: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 # Jitted, so that a model's layers trace and lower it once.
-@functools.partial(jax.jit, static_argnames=("queries", "heads", "scale", "tuning"))
+@functools.partial(jax.jit, static_argnames=("queries", "heads", "scale", "written", "tuning"))
 def partial_attention(
     q: jax.Array,
     cached: Cached,
@@ -61,11 +61,13 @@ def partial_attention(
     queries: int,
     heads: int,
     scale: float,
+    written: int,
     tuning: Tuning,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Every unit's softmax over its stretch of every row and KV head that it reads.
 
-    Stretch `i` of the order has index `row * K + head + unit`.
+    A row and KV head that one unit reads whole are done; of others, stretch `i` of the order leaves
+    a partial result, of index `row * K + head + unit`.
 
     Args:
         q: `[B, K, queries * heads, H]`, at most 64 rows to a KV head, in the type in which tiles
@@ -76,12 +78,14 @@ def partial_attention(
         queries: `T` of a row, the last of which sees `lengths` keys.
         heads: query heads of a KV head.
         scale: of the scores, positive.
+        written: rows of a result: those of `q`, or whole tiles of them.
         tuning: how the work is cut.
 
     Returns:
-        float32: sums of values `[B * K + units, R, C]`, `R` and `C` the rows and the head dim in
-        whole tiles, and their largest score (times log2 e) and sum of weights,
-        `[B * K + units, 2, R]`. Entries of no stretch are not written.
+        Results `[B * K, written, C]` like `q`, of what is done alone, `C` the head dim in whole
+        tiles; and float32: sums of values `[B * K + units, R, C]`, `R` the rows in whole tiles, and
+        their largest score (times log2 e) and sum of weights, `[B * K + units, 2, R]`. What nobody
+        has found is not written.
     """
     B, K, given, H = q.shape
     rows = tile_rows(given)
@@ -98,8 +102,9 @@ def partial_attention(
     def kernel(*refs: Any) -> None:
         (q_ref, k_ref, v_ref), refs = refs[:3], refs[3:]
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
-        len_ref, start_ref, unit_ref, each_ref, layer_ref, sums_ref, statistics_ref = refs[:7]
-        q_full, q_empty, full, empty, q_s, kv_s, p_s, *spare = refs[7:]
+        len_ref, start_ref, unit_ref, each_ref, layer_ref = refs[:5]
+        out_ref, sums_ref, statistics_ref = refs[5:8]
+        q_full, q_empty, full, empty, q_s, kv_s, p_s, *spare = refs[8:]
         unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
         if tuning.on_device:
             plgpu.griddepcontrol_wait()
@@ -111,29 +116,32 @@ def partial_attention(
         end = jnp.minimum(begin + each_ref[0], start_ref[B])
         base = layer_ref[0] * B
 
-        def walk(stretch: Callable[..., None]) -> jax.Array:
-            """Calls `stretch` for each row and head of the unit; how many they were."""
+        def walk(stretch: Callable[..., None]) -> tuple[jax.Array, jax.Array]:
+            """Calls `stretch` for each row and head of the unit; how many they were, and blocks."""
 
             def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                at, number, row, row_start, row_end, length = state
+                at, number, before, row, row_start, row_end, length = state
                 # Of the row that follows: loaded now, to have arrived by then.
                 following = jnp.minimum(row + 1, B - 1)
                 next_end, next_length = start_ref[following + 1], len_ref[following]
-                blocks = lax.div(row_end - row_start, jnp.int32(K))
-                head = lax.div(at - row_start, blocks)
-                first = at - row_start - head * blocks
+                places = lax.div(row_end - row_start, jnp.int32(K))
+                blocks = stored_blocks(length, S, block)
+                head = lax.div(at - row_start, places)
+                first = at - row_start - head * places
                 count = jnp.minimum(blocks - first, end - at)
-                stretch(row, head, length, first, count, at - begin, number)
-                at = at + count
+                alone = count == blocks
+                stretch(row, head, length, first, count, alone, before, number)
+                at = at + jnp.minimum(places - first, end - at)
                 same, other = (row, row_start, row_end, length), (
                     following, row_end, next_end, next_length,
                 )  # fmt: skip
                 new_row = at >= row_end
                 chosen = (jnp.where(new_row, b, a) for a, b in zip(same, other, strict=True))
-                return at, number + 1, *chosen
+                return at, number + 1, before + count, *chosen
 
-            state = begin, jnp.int32(0), *(unit_ref[unit, i] for i in range(4))
-            return lax.while_loop(lambda state: state[0] < end, body, state)[1]
+            state = begin, jnp.int32(0), jnp.int32(0), *(unit_ref[unit, i] for i in range(4))
+            _, stretches, blocks, *_ = lax.while_loop(lambda state: state[0] < end, body, state)
+            return stretches, blocks
 
         def multiplied(a: Any, b: Any, out: tuple[int, ...]) -> jax.Array:
             def multiply(accumulator: Any) -> jax.Array:
@@ -151,8 +159,8 @@ def partial_attention(
 
         @pl.when(wg == 0)
         def _multiply() -> None:
-            def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, before: Any,
-                        number: Any) -> None:  # fmt: skip
+            def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, alone: Any,
+                        before: Any, number: Any) -> None:  # fmt: skip
                 slot_q = lax.rem(number, jnp.int32(2))
                 plgpu.barrier_wait(q_full.at[slot_q])
                 q_t = q_s.at[slot_q].T
@@ -238,18 +246,37 @@ def partial_attention(
                 carry = lax.fori_loop(0, whole, functools.partial(step, whole=True), carry)
                 carry = lax.fori_loop(whole, count, functools.partial(step, whole=False), carry)
                 acc, m, total = carry
+                weight = total.sum(axis=0)
+
+                @pl.when(alone)
+                def _finish() -> None:
+                    # The queries' place takes what they found: it has their shape and type.
+                    inverse = jnp.where(weight > 0, 1.0 / weight, 0.0)
+                    done = acc * lax.broadcast_in_dim(inverse, acc.shape, [1])
+                    q_s.at[slot_q].T[...] = done.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(
+                        q_s.at[slot_q], out_ref.at[row * K + head, all_rows, columns]
+                    )
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
                 plgpu.barrier_arrive(q_empty.at[slot_q])
-                index = row * K + head + unit
-                statistics_ref.at[index, 0][...] = m
-                statistics_ref.at[index, 1][...] = total.sum(axis=0)
-                sums_ref.at[index].T[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
+
+                @pl.when(jnp.logical_not(alone))
+                def _give() -> None:
+                    index = row * K + head + unit
+                    statistics_ref.at[index, 0][...] = m
+                    statistics_ref.at[index, 1][...] = weight
+                    sums_ref.at[index].T[...] = plgpu.layout_cast(
+                        acc, plgpu.Layout.WGMMA_TRANSPOSED
+                    )
 
             walk(stretch)
 
         @pl.when(wg == 1)
         def _load() -> None:
-            def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, before: Any,
-                        number: Any) -> None:  # fmt: skip
+            def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, alone: Any,
+                        before: Any, number: Any) -> None:  # fmt: skip
                 slot_q = lax.rem(number, jnp.int32(2))
                 wait = functools.partial(plgpu.barrier_wait, q_empty.at[slot_q])
                 pl.when(number >= 2)(wait)
@@ -273,9 +300,9 @@ def partial_attention(
                                 scale_refs[part].at[base + row, head, keys], spare[-1].at[slot], at
                             )
 
-            stretches = walk(stretch)
+            stretches, blocks = walk(stretch)
             # Nobody may leave with an arrival outstanding.
-            tiles = 2 * jnp.maximum(end - begin, 0)
+            tiles = 2 * blocks
 
             @pl.loop(jnp.maximum(tiles - stages, 0), tiles)
             def _(index: jax.Array) -> None:
@@ -306,6 +333,7 @@ def partial_attention(
     return plgpu.kernel(
         kernel,
         out_type=(
+            jax.ShapeDtypeStruct((B * K, written, width), dtype),
             jax.ShapeDtypeStruct((B * K + tuning.units, rows, width), jnp.float32),
             jax.ShapeDtypeStruct((B * K + tuning.units, 2, rows), jnp.float32),
         ),
@@ -315,4 +343,4 @@ def partial_attention(
         num_threads=2,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, *scales, *plan, jnp.asarray(layer, jnp.int32).reshape(1))
+    )(q, k, v, *scales, *plan[:4], jnp.asarray(layer, jnp.int32).reshape(1))
