@@ -21,7 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from cla_kernels._schedule import Schedule, stored_blocks
-from cla_kernels._tuning import TILE_KEYS, Tuning, tile_columns, tile_rows
+from cla_kernels._tuning import (
+    REDUCTION_BYTES,
+    TILE_KEYS,
+    Tuning,
+    tile_columns,
+    tile_rows,
+)
 
 _TILE = plgpu.Layout.WGMMA
 
@@ -90,7 +96,7 @@ def partial_attention(
     B, K, given, H = q.shape
     rows = tile_rows(given)
     G, _, S = cached.k.shape[:3]
-    block, stages = tuning.block, tuning.stages
+    block, stages, workers = tuning.block, tuning.stages, tuning.workers
     width = tile_columns(H)
     scale2 = scale * math.log2(math.e)  # exp2 is the GPU's own
     kv_dtype, dtype = cached.k.dtype, q.dtype
@@ -104,7 +110,7 @@ def partial_attention(
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
         len_ref, start_ref, unit_ref, each_ref, layer_ref = refs[:5]
         out_ref, sums_ref, statistics_ref = refs[5:8]
-        q_full, q_empty, full, empty, q_s, kv_s, p_s, *spare = refs[8:]
+        q_full, q_empty, full, empty, q_s, kv_s, p_s, merging, *spare = refs[8:]
         unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
         if tuning.on_device:
             plgpu.griddepcontrol_wait()
@@ -157,16 +163,18 @@ def partial_attention(
             multiply = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))
             return cast(jax.Array, multiply(plgpu.WGMMAAccumulatorRef.init(acc)))
 
-        @pl.when(wg == 0)
-        def _multiply() -> None:
+        def multiply(worker: int) -> None:
             def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, alone: Any,
                         before: Any, number: Any) -> None:  # fmt: skip
                 slot_q = lax.rem(number, jnp.int32(2))
                 plgpu.barrier_wait(q_full.at[slot_q])
                 q_t = q_s.at[slot_q].T
+                weights = p_s.at[wg]
+                offset = lax.rem(before + worker, jnp.int32(workers))
 
-                def step(i: jax.Array, carry: tuple[Any, ...], *, whole: bool) -> tuple[Any, ...]:
+                def step(j: jax.Array, carry: tuple[Any, ...], *, whole: bool) -> tuple[Any, ...]:
                     acc, m, total = carry
+                    i = offset + workers * j
                     slot_k = lax.rem(2 * (before + i), jnp.int32(stages))
                     slot_v = lax.rem(2 * (before + i) + 1, jnp.int32(stages))
                     behind = (first + i) * block
@@ -177,9 +185,9 @@ def partial_attention(
                     else:
                         keys = _widened(kv_s[slot_k], dtype)
                         if not tuning.on_device:  # the interpreter multiplies from memory alone
-                            spare[1][...] = keys
+                            spare[1].at[wg][...] = keys
                             plgpu.commit_smem()
-                            keys = spare[1]
+                            keys = spare[1].at[wg]
                         x = multiplied(keys, q_t, (block, rows))
                         each = plgpu.load(spare[-1].at[slot_k], layout=by_key)
                         x = x * lax.broadcast_in_dim(each * scale2, x.shape, [0])
@@ -211,14 +219,14 @@ def partial_attention(
                             ids = plgpu.broadcasted_iota(jnp.int32, each.shape, 0, layout=by_key)
                             each = jnp.where(ids < stored, each, 0.0)
                         p = p * lax.broadcast_in_dim(each, p.shape, [0])
-                    p_s.T[...] = p.astype(dtype)
+                    weights.T[...] = p.astype(dtype)
                     if eight_bit:
                         wide = _widened(kv_s[slot_v], dtype)
                         if not whole:
                             ids = plgpu.broadcasted_iota(jnp.int32, wide.shape, 0, layout=tile)
                             wide = jnp.where(ids < stored, wide, jnp.zeros((), dtype))
-                        spare[0][...] = wide
-                        values = spare[0]
+                        values = spare[0].at[wg]
+                        values[...] = wide
                     elif not whole:
                         # Rows behind the length may hold anything, and 0 * NaN is NaN.
                         ids = plgpu.broadcasted_iota(jnp.int32, (block, width), 0, layout=tile)
@@ -227,7 +235,7 @@ def partial_attention(
                     plgpu.commit_smem()
                     if eight_bit:
                         plgpu.barrier_arrive(empty.at[slot_v])
-                    acc = added(acc, values.T, p_s.T)
+                    acc = added(acc, values.T, weights.T)
                     if not eight_bit:
                         plgpu.barrier_arrive(empty.at[slot_v])
                     return acc, m_new, total
@@ -243,10 +251,36 @@ def partial_attention(
                     filled((rows,), -jnp.inf, by_row),
                     filled((TILE_KEYS, rows), 0.0, tile),
                 )
+                whole, mine = (
+                    lax.div(number - offset + (workers - 1), jnp.int32(workers))
+                    for number in (whole, count)
+                )
                 carry = lax.fori_loop(0, whole, functools.partial(step, whole=True), carry)
-                carry = lax.fori_loop(whole, count, functools.partial(step, whole=False), carry)
+                carry = lax.fori_loop(whole, mine, functools.partial(step, whole=False), carry)
                 acc, m, total = carry
                 weight = total.sum(axis=0)
+                if workers > 1:
+                    acc_s, m_s, weight_s, given, taken = merging
+                if worker > 0:
+                    pl.when(number > 0)(functools.partial(plgpu.barrier_wait, taken))
+                    acc_s[...], m_s[...], weight_s[...] = acc, m, weight
+                    plgpu.barrier_arrive(given)
+                    plgpu.barrier_arrive(q_empty.at[slot_q])
+                    return
+                if workers > 1:
+                    plgpu.barrier_wait(given)
+                    others = (
+                        plgpu.load(ref, layout=layout)
+                        for ref, layout in ((acc_s, tile), (m_s, by_row), (weight_s, by_row))
+                    )
+                    acc_1, m_1, weight_1 = others
+                    plgpu.barrier_arrive(taken)
+                    m_0, m = m, jnp.maximum(m, m_1)
+                    factor_0, factor_1 = jnp.exp2(m_0 - m), jnp.exp2(m_1 - m)
+                    weight = weight * factor_0 + weight_1 * factor_1
+                    acc = acc * lax.broadcast_in_dim(
+                        factor_0, acc.shape, [1]
+                    ) + acc_1 * lax.broadcast_in_dim(factor_1, acc.shape, [1])
 
                 @pl.when(alone)
                 def _finish() -> None:
@@ -271,10 +305,11 @@ def partial_attention(
                         acc, plgpu.Layout.WGMMA_TRANSPOSED
                     )
 
-            walk(stretch)
+            stretches, _ = walk(stretch)
+            if worker > 0:  # nobody may leave with an arrival outstanding
+                pl.when(stretches > 0)(functools.partial(plgpu.barrier_wait, merging[-1]))
 
-        @pl.when(wg == 1)
-        def _load() -> None:
+        def load() -> None:
             def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, alone: Any,
                         before: Any, number: Any) -> None:  # fmt: skip
                 slot_q = lax.rem(number, jnp.int32(2))
@@ -301,7 +336,7 @@ def partial_attention(
                             )
 
             stretches, blocks = walk(stretch)
-            # Nobody may leave with an arrival outstanding.
+            # Nor here.
             tiles = 2 * blocks
 
             @pl.loop(jnp.maximum(tiles - stages, 0), tiles)
@@ -312,6 +347,20 @@ def partial_attention(
             def _(index: jax.Array) -> None:
                 plgpu.barrier_wait(q_empty.at[lax.rem(index, jnp.int32(2))])
 
+        def others(*_: Any) -> None:
+            for worker in range(1, workers):
+                pl.when(wg == worker)(functools.partial(multiply, worker))
+            pl.when(wg == workers)(load)
+
+        if workers == 1:
+            others()
+        else:
+            # Scratch of reductions lies behind all that is allocated where they are traced: what
+            # is allocated here, and not used, gives each worker its own.
+            unused = plgpu.SMEM((REDUCTION_BYTES // 4,), jnp.float32)
+            pl.run_scoped(others, unused, collective_axes="wg")
+        pl.when(wg == 0)(functools.partial(multiply, 0))
+
     # Operands of one product must be swizzled alike.
     swizzle = plgpu.find_swizzle(H * jnp.dtype(dtype).itemsize * 8) if H > 64 else 128
     swizzle8 = plgpu.find_swizzle(H * 8) if H > 128 else min(width, 128)
@@ -319,16 +368,23 @@ def partial_attention(
     def shared(*shape: int, dtype: Any = dtype, swizzle: int = swizzle) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=_transforms(dtype, swizzle))
 
+    merging = [
+        plgpu.SMEM((width, rows), jnp.float32),
+        *(plgpu.SMEM((rows,), jnp.float32) for _ in range(2)),
+        *(plgpu.Barrier() for _ in range(2)),
+    ]
     scratch = [
-        *(plgpu.Barrier(num_barriers=2) for _ in range(2)),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_barriers=2, num_arrivals=workers),
         plgpu.Barrier(num_barriers=stages, num_arrivals=2 if eight_bit else 1),
         plgpu.Barrier(num_barriers=stages),
         shared(2, rows, width),
         shared(stages, block, width, dtype=kv_dtype, swizzle=swizzle8 if eight_bit else swizzle),
-        shared(rows, block),
+        shared(workers, rows, block),
+        merging if workers > 1 else [],
     ]
     if eight_bit:
-        scratch += [shared(block, width)] * (1 if tuning.on_device else 2)
+        scratch += [shared(workers, block, width)] * (1 if tuning.on_device else 2)
         scratch += [plgpu.SMEM((stages, block), jnp.float32)]
     return plgpu.kernel(
         kernel,
@@ -340,7 +396,7 @@ def partial_attention(
         scratch_types=scratch,
         grid=(tuning.units,),
         grid_names=("unit",),
-        num_threads=2,
+        num_threads=workers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, *scales, *plan[:4], jnp.asarray(layer, jnp.int32).reshape(1))

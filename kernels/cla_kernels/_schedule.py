@@ -17,7 +17,7 @@ class Schedule(NamedTuple):
     have places in the order behind its blocks, so that the next begins with a stretch. Rows of
     `starts` and `lengths` are the batch's; those of `units` are a unit's first: its batch row, that
     row's start and end in the order, and length. What several units read is in `joins`: the index
-    `row * K + head`, and its first and last unit; these are the same where there is nothing to join.
+    `row * K + head`, its first unit and its last; the same one where there is nothing to join.
     """
 
     lengths: jax.Array  # [B]

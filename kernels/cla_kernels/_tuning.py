@@ -12,7 +12,8 @@ import jax.numpy as jnp
 TILE_KEYS = 64  # and as many columns: what wgmma multiplies at a time
 MOST_ROWS = 64  # of queries to a KV head: T times query heads
 MOST_COLUMNS = 256
-_SHARED_BYTES = 232_448 - 2048 - 1024  # of a program; reductions and barriers take some
+REDUCTION_BYTES = 2048  # of shared memory, for each worker's reductions
+_SHARED_BYTES = 232_448 - REDUCTION_BYTES - 1024  # of a program; barriers take some
 _FEWEST_BUSY = 0.4  # of the units
 
 
@@ -23,6 +24,8 @@ class Tuning:
     Attributes:
         block: keys of a tile: a multiple of 64.
         stages: tiles of K or V in flight.
+        workers: warpgroups that multiply: one, or two that take tiles in turn, for which `stages`
+            is a multiple of four.
         units: programs, one on a multiprocessor; each reads a stretch of the order.
         on_device: false for the interpreter, which has no initial accumulators and no overlap of
             launches.
@@ -30,6 +33,7 @@ class Tuning:
 
     block: int = 64
     stages: int = 5
+    workers: int = 1
     units: int = 132
     on_device: bool = True
 
@@ -42,9 +46,9 @@ _TUNED = (
         256: Tuning(block=128, stages=4),
     },
     {
-        64: Tuning(block=256, stages=8),
-        128: Tuning(block=128, stages=10),
-        256: Tuning(block=64, stages=10),
+        64: Tuning(block=256, stages=8, workers=2),
+        128: Tuning(block=128, stages=8, workers=2),
+        256: Tuning(block=64, stages=8, workers=2),
     },
 )
 
@@ -81,11 +85,19 @@ def tuned(
             block //= 2  # else most units would have nothing
         tuning = dataclasses.replace(tuning, block=block)
     most = tuning.stages
+    # Two have fewer registers each.
+    workers = tuning.workers if rows * columns <= 32 * 128 else 1
     # Scores and sums of values of a tile lie in registers.
     block = max(min(tuning.block, (8192 if columns < 256 else 4096) // rows), TILE_KEYS)
     while True:
-        fixed = 2 * rows * columns * 2 + rows * block * 2 + block * columns * 2 * eight_bit
+        fixed = 2 * rows * columns * 2
+        fixed += workers * (rows * block * 2 + block * columns * 2 * eight_bit)
+        if workers > 1:  # for what they merge, and the second's reductions
+            fixed += rows * (columns + 2) * 4 + 2 * REDUCTION_BYTES
         tile = block * columns * itemsize + block * 4 * eight_bit
-        if (stages := min(most, (_SHARED_BYTES - fixed) // tile)) >= 3 or block == TILE_KEYS:
-            return dataclasses.replace(tuning, block=block, stages=stages)
+        stages = min(most, (_SHARED_BYTES - fixed) // tile)
+        if workers > 1:
+            stages = stages // 4 * 4
+        if stages >= 3 or block == TILE_KEYS:
+            return dataclasses.replace(tuning, block=block, stages=stages, workers=workers)
         block //= 2

@@ -39,7 +39,13 @@ INTERPRETED = {
     "a head dim that is padded": (Shape(B=2, T=1, N=3, K=1, H=96, S=136, G=1), [70, 136], SMALL),
     "more queries than a tile": (Shape(B=2, T=3, N=32, K=1, H=64, S=72, G=1), [72, 2], SMALL),
 }  # fmt: skip
-EIGHT_BIT_INTERPRETED = Shape(B=3, T=2, N=4, K=2, H=64, S=136, G=2), [130, 1, 137], SMALL
+TWO_WORKERS = dataclasses.replace(SMALL, stages=4, workers=2)
+INTERPRETED["two workers"] = (
+    Shape(B=3, T=2, N=4, K=2, H=64, S=456, G=1), [70, 456, 200], TWO_WORKERS,
+)  # fmt: skip
+EIGHT_BIT_INTERPRETED = (
+    Shape(B=3, T=2, N=4, K=2, H=64, S=136, G=2), [130, 1, 137], TWO_WORKERS,
+)  # fmt: skip
 
 
 def interpreted(q, k, v, lengths, layer, tuning, k_scale=None, v_scale=None):
