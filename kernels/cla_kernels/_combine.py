@@ -37,7 +37,7 @@ def cut_rows(row_heads: int, rows: int, columns: int, tuning: Tuning) -> Cut:
     """
     all_rows = tile_rows(rows)
     # Where there are more than units, most are one unit's, and their programs only end.
-    joins, most = (row_heads, 16) if row_heads <= tuning.units else (tuning.units, 4)
+    joins, most = (row_heads, 16) if row_heads <= tuning.units else (tuning.units, 1)
     # Where results are stored from, rows lie in eights.
     for wanted in (rows, all_rows) if rows < 8 else (all_rows,):
         for together in range(1, wanted + 1):

@@ -163,6 +163,29 @@ def partial_attention(
             multiply = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))
             return cast(jax.Array, multiply(plgpu.WGMMAAccumulatorRef.init(acc)))
 
+        def give(found: tuple[jax.Array, ...], number: jax.Array) -> None:
+            """The second worker's share of a stretch, to the first."""
+            *places, given, free = merging
+            pl.when(number > 0)(functools.partial(plgpu.barrier_wait, free))
+            for place, one in zip(places, found, strict=True):
+                place[...] = one
+            plgpu.barrier_arrive(given)
+
+        def taken(acc: jax.Array, m: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+            """The first worker's share, with the second's."""
+            *places, given, free = merging
+            plgpu.barrier_wait(given)
+            acc_1, m_1, weight_1 = (
+                plgpu.load(place, layout=layout)
+                for place, layout in zip(places, (tile, by_row, by_row), strict=True)
+            )
+            plgpu.barrier_arrive(free)
+            largest = jnp.maximum(m, m_1)
+            factor, factor_1 = jnp.exp2(m - largest), jnp.exp2(m_1 - largest)
+            acc = acc * lax.broadcast_in_dim(factor, acc.shape, [1])
+            acc = acc + acc_1 * lax.broadcast_in_dim(factor_1, acc.shape, [1])
+            return acc, largest, weight * factor + weight_1 * factor_1
+
         def multiply(worker: int) -> None:
             def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, alone: Any,
                         before: Any, number: Any) -> None:  # fmt: skip
@@ -259,28 +282,12 @@ def partial_attention(
                 carry = lax.fori_loop(whole, mine, functools.partial(step, whole=False), carry)
                 acc, m, total = carry
                 weight = total.sum(axis=0)
-                if workers > 1:
-                    acc_s, m_s, weight_s, given, taken = merging
                 if worker > 0:
-                    pl.when(number > 0)(functools.partial(plgpu.barrier_wait, taken))
-                    acc_s[...], m_s[...], weight_s[...] = acc, m, weight
-                    plgpu.barrier_arrive(given)
+                    give((acc, m, weight), number)
                     plgpu.barrier_arrive(q_empty.at[slot_q])
                     return
                 if workers > 1:
-                    plgpu.barrier_wait(given)
-                    others = (
-                        plgpu.load(ref, layout=layout)
-                        for ref, layout in ((acc_s, tile), (m_s, by_row), (weight_s, by_row))
-                    )
-                    acc_1, m_1, weight_1 = others
-                    plgpu.barrier_arrive(taken)
-                    m_0, m = m, jnp.maximum(m, m_1)
-                    factor_0, factor_1 = jnp.exp2(m_0 - m), jnp.exp2(m_1 - m)
-                    weight = weight * factor_0 + weight_1 * factor_1
-                    acc = acc * lax.broadcast_in_dim(
-                        factor_0, acc.shape, [1]
-                    ) + acc_1 * lax.broadcast_in_dim(factor_1, acc.shape, [1])
+                    acc, m, weight = taken(acc, m, weight)
 
                 @pl.when(alone)
                 def _finish() -> None:

@@ -34,44 +34,56 @@ def schedule(lengths: jax.Array, kv_heads: int, size: int, tuning: Tuning) -> Sc
     and KV head's, or these are cut alike: fewer partial results, and units that read a row's KV
     heads side by side stay side by side.
     """
-    units = tuning.units
     lengths = lengths.astype(jnp.int32)
     blocks = stored_blocks(lengths, size, tuning.block)
-    row_heads = lengths.shape[0] * kv_heads
-    total = jnp.sum(blocks, dtype=jnp.int32) * kv_heads
-    each = (total + (units - 1)) // units
+    each, places = _cut(blocks, kv_heads, tuning.units)
+    ends = jnp.cumsum(places * kv_heads, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
+    row = _row_at(jnp.arange(tuning.units, dtype=jnp.int32) * each, ends)
+    units = jnp.stack([row, starts[row], starts[row + 1], lengths[row]], axis=1)
+    joins = _joins(blocks, places, starts, each, kv_heads, tuning.units)
+    return Schedule(lengths, starts, units, each[None], joins)
+
+
+def _cut(blocks: jax.Array, kv_heads: int, units: int) -> tuple[jax.Array, jax.Array]:
+    """Places of a unit, and of each batch row and KV head."""
+    row_heads = blocks.shape[0] * kv_heads
+    each = (jnp.sum(blocks, dtype=jnp.int32) * kv_heads + (units - 1)) // units
     longest = jnp.max(blocks)
     if row_heads >= units:
-        alike, padded = longest * -(-row_heads // units), longest
+        whole, places = longest * -(-row_heads // units), longest
     else:
-        alike = (longest + (units // row_heads - 1)) // (units // row_heads)
-        padded = alike * ((longest + alike - 1) // alike)
-    snap = (longest == jnp.min(blocks)) & (alike * _MOST_IDLE <= each * (_MOST_IDLE + 1))
-    each = jnp.where(snap, alike, each)
-    ends = jnp.cumsum(jnp.where(snap, padded, blocks) * kv_heads, dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
+        parts = units // row_heads
+        whole = (longest + (parts - 1)) // parts
+        places = (longest + (whole - 1)) // whole * whole
+    snap = (longest == jnp.min(blocks)) & (whole * _MOST_IDLE <= each * (_MOST_IDLE + 1))
+    return jnp.where(snap, whole, each), jnp.where(snap, places, blocks)
 
-    def row_at(place: jax.Array) -> jax.Array:
-        row = jnp.sum(place[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-        return jnp.minimum(row, lengths.shape[0] - 1)
 
-    unit = jnp.arange(units, dtype=jnp.int32)
-    row = row_at(unit * each)
-    first_rows = jnp.stack([row, starts[row], starts[row + 1], lengths[row]], axis=1)
+def _row_at(places: jax.Array, ends: jax.Array) -> jax.Array:
+    row = jnp.sum(places[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
+    return jnp.minimum(row, ends.shape[0] - 1)
 
+
+def _joins(
+    blocks: jax.Array, places: jax.Array, starts: jax.Array, each: jax.Array, kv_heads: int,
+    units: int,
+) -> jax.Array:  # fmt: skip
+    row_heads = blocks.shape[0] * kv_heads
     if row_heads <= units:
-        index = jnp.arange(row_heads, dtype=jnp.int32)
-        row, head = index // kv_heads, index % kv_heads
-    else:  # no more are split than there are units: that in which a unit ends
+        row, head = jnp.divmod(jnp.arange(row_heads, dtype=jnp.int32), kv_heads)
+        begin = starts[row] + head * places[row]
+        first, last = begin // each, (begin + blocks[row] - 1) // each
+    else:
+        # Whatever is split is what a unit ends in, and the first that does joins it.
+        unit = jnp.arange(units, dtype=jnp.int32)
         end = (unit + 1) * each - 1
-        row = row_at(end)
-        head = (end - starts[row]) // ((ends[row] - starts[row]) // kv_heads)
-    begin = starts[row] + head * ((ends[row] - starts[row]) // kv_heads)
-    first, last = begin // each, (begin + blocks[row] - 1) // each
-    if row_heads > units:  # and that only once
-        last = jnp.where((first == unit) & (end < ends[-1]), last, first)
-    joins = jnp.stack([row * kv_heads + head, first, last], axis=1)
-    return Schedule(lengths, starts, first_rows, each[None], joins)
+        row = _row_at(end, starts[1:])
+        head = (end - starts[row]) // places[row]
+        begin = starts[row] + head * places[row]
+        first, last = begin // each, (begin + blocks[row] - 1) // each
+        last = jnp.where((first == unit) & (end < starts[-1]), last, first)
+    return jnp.stack([row * kv_heads + head, first, last], axis=1)
 
 
 def stored_blocks(lengths: jax.Array, size: int, block: int) -> jax.Array:

@@ -125,23 +125,40 @@ def test_every_configuration_lowers_for_cuda(
 
 
 @given(
-    st.lists(st.integers(0, 300), min_size=1, max_size=9), st.integers(1, 3), st.integers(1, 7),
-    st.sampled_from([64, 128]),
+    st.lists(st.integers(0, 300), min_size=1, max_size=9)
+    | st.builds(lambda length, rows: [length] * rows, st.integers(0, 900), st.integers(1, 9)),
+    st.integers(1, 3), st.integers(1, 7), st.sampled_from([64, 128]),
 )  # fmt: skip
 def test_every_block_is_read_once(lengths: list[int], kv_heads: int, units: int, block: int):
     """The schedule against a list of all blocks, cut by hand."""
     tuning = Tuning(block=block, units=units)
-    plan = schedule(jnp.array(lengths, jnp.int32), kv_heads, 256, tuning)
-    order = [
-        row
-        for row, length in enumerate(lengths)
-        for _ in range(kv_heads * max(-(-min(length, 256) // block), 1))
+    size = 800
+    plan = schedule(jnp.array(lengths, jnp.int32), kv_heads, size, tuning)
+    starts, each = np.asarray(plan.starts), int(plan.each[0])
+    blocks = [max(-(-min(length, size) // block), 1) for length in lengths]
+    places = np.diff(starts) // kv_heads
+    order = [  # of every place the batch row, the index of row and KV head, and whether it is valid
+        (row, row * kv_heads + head, place < blocks[row])
+        for row in range(len(lengths))
+        for head in range(kv_heads)
+        for place in range(places[row])
     ]
-    each = int(plan.each[0])
-    assert each * tuning.units >= len(order)
-    assert int(plan.starts[-1]) == len(order)
-    for unit, (row, start, end, length) in enumerate(np.asarray(plan.units)):
-        if unit * each < len(order):
-            assert row == order[unit * each]
-            assert (start, end) == (order.index(row), len(order) - order[::-1].index(row))
+    assert len(order) == starts[-1] <= each * units
+    assert sum(valid for *_, valid in order) == sum(blocks) * kv_heads
+    assert each * 16 <= -(-sum(blocks) * kv_heads // units) * 17  # few units are idle
+
+    cut = [order[unit * each : (unit + 1) * each] for unit in range(units)]
+    for (row, start, end, length), found in zip(np.asarray(plan.units), cut, strict=True):
+        if found:
+            assert row == found[0][0]
+            assert (start, end) == tuple(starts[row : row + 2])
             assert length == lengths[row]
+    assert not any(valid is False for found in cut for *_, valid in found[:1])
+
+    readers: dict[int, list[int]] = {}
+    for unit, found in enumerate(cut):
+        for index in {index for _, index, valid in found if valid}:
+            readers.setdefault(index, []).append(unit)
+    joins = {int(i): (first, last) for i, first, last in np.asarray(plan.joins) if first < last}
+    assert len(joins) == sum(first < last for _, first, last in np.asarray(plan.joins))
+    assert joins == {i: (f[0], f[-1]) for i, f in readers.items() if len(f) > 1}
