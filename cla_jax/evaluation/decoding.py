@@ -154,8 +154,9 @@ class DecodeLoop:
 
     def fill(self) -> KVCache:
         """Make the cache; its K/V are random."""
-        self.cache = jax.block_until_ready(cast(KVCache, self._full()))
-        return self.cache
+        cache = cast(KVCache, jax.block_until_ready(self._full()))
+        self.cache = cache
+        return cache
 
     def at(self, lengths: Any) -> KVCache:
         """The cache with its rows this long: an int, or one of each row. It is to be donated."""

@@ -1,7 +1,7 @@
 """What a train step costs on a mesh, from a state and tokens that are made where they lie."""
 
 import time
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,9 @@ class TrainLoop:
         self._lowered = lower_train_step(config, training, layout)
         with in_force(layout):
             begin = jax.jit(lambda: init_state(model, optimizer, 0, layout))
-            self._begin = begin.lower()
+            self._begin: Any = begin.lower()
             draw = jax.jit(tokens, out_shardings=layout.of(("batch", "length")))
-            self._draw = draw.lower()
+            self._draw: Any = draw.lower()
         self._tokens: Any = None
         self.compiled: Any = None
         self.compile_seconds = 0.0
@@ -67,8 +67,8 @@ class TrainLoop:
         Args:
             state: of the same mesh, to go on with instead.
         """
-        self.state = jax.block_until_ready(cast(Any, self._begin)()) if state is None else state
-        self._tokens = jax.block_until_ready(cast(Any, self._draw)())
+        self.state = jax.block_until_ready(self._begin()) if state is None else state
+        self._tokens = jax.block_until_ready(self._draw())
 
     def run(self) -> tuple[float, float]:
         """Take a step, always on the same batch: its seconds, and the loss before it."""

@@ -195,7 +195,8 @@ class KVCache:
         # Distinct arrays throughout: a donated buffer can be given away only once.
         def stacks(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
             return tuple(
-                laid_out_stack(jnp.zeros(shape, dtype)) for _ in range(sharing.kv_layers // in_stack)
+                laid_out_stack(jnp.zeros(shape, dtype))
+                for _ in range(sharing.kv_layers // in_stack)
             )
 
         lengths = jnp.zeros((batch,), jnp.int32)
@@ -287,6 +288,7 @@ class KVCache:
             new: `stored` K/V of consecutive rows.
             first_row: the first of those rows.
         """
+
         def put(stack: Any, layer: Any, part: Any) -> Any:
             behind = functools.partial(_put_behind, layer=layer, first_row=first_row)
             if isinstance(first_row, int) and part.shape[1] == self.batch:

@@ -7,13 +7,15 @@
 
 Parts, in this order (`--only` takes some):
 
-  links     what an all-reduce of 1 GiB attains between the devices.
+  links     an all-reduce of 1 GiB between the devices, and of 256 KiB, 64 in a row: what
+            gradients cost, and what a decoding step's activations do.
   train     a train step of `--rows` rows on one device; then `data` and `fsdp` over all of them,
-            with as many rows for each device, and with as many rows in all.
+            with as many rows for each device.
   pipeline  `stage` over all devices, with as many rows for each, cut into `--microbatches`; beside
             `pipeline_ideal`, which counts bubble, rematerialisation and head and nothing else.
   decode    steps of `generate`'s own loop on one device, `tensor` and `data`; bytes of the cache
             on each device; the error of one step's logits against one device's.
+  split     `data` and `fsdp` again, with as many rows in all as one device had.
 
 Weights, tokens and K/V are random and made where they lie; parameters are float32, arithmetic is
 bfloat16. Programs of a part are compiled before anything is timed: the first alone, since the
@@ -29,11 +31,10 @@ JAX_COMPILATION_CACHE_DIR keeps compiled programs for the next time.
 import dataclasses
 import os
 import re
-import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,6 @@ import numpy as np
 import tyro
 from cla_kernels import choose_implementation
 from jax.sharding import PartitionSpec
-from rich import print as show
 
 from cla_jax import model
 from cla_jax.configs import (
@@ -60,15 +60,19 @@ from cla_jax.evaluation.decoding import DecodeLoop, random_decoder
 from cla_jax.evaluation.training import TrainLoop
 from cla_jax.inference import extend
 from cla_jax.models.attention import attention_path
-from cla_jax.parallel import Layout, check_mesh, in_force, make_layout, pipeline_ideal
+from cla_jax.parallel import (
+    Layout,
+    check_mesh,
+    in_force,
+    make_layout,
+)
 from cla_jax.recipes import chunked
-from cla_jax.reporting import Column
 from cla_jax.reporting.csv_records import append_record, read_records
-from cla_jax.reporting.tables import markdown
+from cla_jax.reporting.many_devices import DeviceMeasurement, report, timings
 from cla_jax.training.hardware import peak_flops
 
-type Part = Literal["links", "train", "pipeline", "decode"]
-PARTS: tuple[Part, ...] = ("links", "train", "pipeline", "decode")
+type Part = Literal["links", "train", "pipeline", "decode", "split"]
+PARTS: tuple[Part, ...] = ("links", "train", "pipeline", "decode", "split")
 WARM_UP = 2
 DECODE_STEPS = 16
 _KERNEL = re.compile(r'custom_call_target="([^"]*(?:mosaic|fmha)[^"]*)"')
@@ -110,72 +114,6 @@ class Benchmark:
     """A row for each measurement; those that are there are not made again."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One program on one mesh; seconds and bytes.
-
-    Attributes:
-        part: of the benchmark.
-        model: its name.
-        mesh: `none` for one device.
-        devices: of the mesh.
-        rows: in all.
-        length: tokens of a row: of training, or keys of the cache.
-        microbatches: of a pipeline; else 0.
-        remat: of training.
-        seconds: median of a step.
-        fastest: of the timed steps.
-        slowest: likewise.
-        rate: tokens per second; of `links`, bytes of the array per second.
-        mfu: model FLOPs over the data sheets' peak of all devices, where it is known.
-        loss: of the first step.
-        cache_bytes: on each device, the most of any.
-        logits_error: norm of the difference from one device's logits, over their norm.
-        sent_bytes: that a device sends in a run of the program, as its HLO says.
-        temporary_bytes: of the program on a device.
-        compile_seconds: of it, others being compiled at the same time.
-        attention: the implementation, and the kernels that the program calls.
-        device: kind.
-        jax: version.
-    """
-
-    part: str
-    model: str
-    mesh: str
-    devices: int
-    rows: int
-    length: int
-    microbatches: int = 0
-    remat: str = ""
-    seconds: float | None = None
-    fastest: float | None = None
-    slowest: float | None = None
-    rate: float | None = None
-    mfu: float | None = None
-    loss: float | None = None
-    cache_bytes: float | None = None
-    logits_error: float | None = None
-    sent_bytes: float | None = None
-    temporary_bytes: float | None = None
-    compile_seconds: float | None = None
-    attention: str = ""
-    device: str = ""
-    jax: str = ""
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What is measured."""
-        return (self.part, self.model, self.mesh, self.rows, self.length, self.microbatches,
-                self.remat)  # fmt: skip
-
-
-def timings(seconds: Sequence[float], work: float) -> dict[str, float]:
-    """Median, range and rate of timed runs that each do so much work."""
-    median = statistics.median(seconds)
-    return {"seconds": median, "fastest": min(seconds), "slowest": max(seconds),
-            "rate": work / median}  # fmt: skip
-
-
 class Session:
     """What is left to do, the time that is left, and what was measured."""
 
@@ -183,9 +121,9 @@ class Session:
         self.options, self._began = options, time.monotonic()
         kind = jax.devices()[0].device_kind
         self._common = {"model": options.model, "device": kind, "jax": jax.__version__}
-        self.found: list[Measurement] = []
+        self.found: list[DeviceMeasurement] = []
         if options.out.exists():
-            self.found = read_records(options.out, Measurement)
+            self.found = read_records(options.out, DeviceMeasurement)
             if others := {f"{m.device}, jax {m.jax}" for m in self.found} - {
                 f"{kind}, jax {jax.__version__}"
             }:
@@ -194,13 +132,13 @@ class Session:
                     f"{jax.__version__}: choose another --out"
                 )
 
-    def wanted(self, **what: Any) -> Measurement | None:
+    def wanted(self, **what: Any) -> DeviceMeasurement | None:
         """A measurement that is to be made, without its results; None: it is there, or too late."""
-        one = Measurement(**self._common, **what)
+        one = DeviceMeasurement(**self._common, **what)
         if one.key in {m.key for m in self.found}:
-            self.say(f"{one.part} {one.mesh}, {one.rows} rows: in {self.options.out} already")
+            self.say(f"{one.name}: in {self.options.out} already")
             return None
-        return None if self.late(f"{one.part} {one.mesh}, {one.rows} rows") else one
+        return None if self.late(one.name) else one
 
     def late(self, what: str) -> bool:
         """Whether the deadline is over, which is said."""
@@ -210,15 +148,15 @@ class Session:
         self.say(f"{what}: not begun, the deadline of {deadline:g} s is over")
         return True
 
-    def keep(self, one: Measurement) -> None:
+    def keep(self, one: DeviceMeasurement) -> None:
         """Write a measurement down at once."""
         append_record(self.options.out, one)
         self.found.append(one)
-        spread = "" if not one.seconds else (
-            f"{one.seconds * 1e3:.2f} ms ({(one.fastest or 0) * 1e3:.2f} to "
-            f"{(one.slowest or 0) * 1e3:.2f}), {one.rate:,.0f}/s"
-        )  # fmt: skip
-        self.say(f"{one.part} {one.mesh}, {one.rows} rows: {spread} {one.attention}")
+        low, median, high = (1e3 * (s or 0.0) for s in (one.fastest, one.seconds, one.slowest))
+        self.say(
+            f"{one.name}: {median:.3f} ms ({low:.3f} to {high:.3f}), {one.rate or 0:,.0f}/s "
+            f"{one.attention}"
+        )
 
     def say(self, text: str) -> None:
         """Progress, with the seconds from the start."""
@@ -226,28 +164,29 @@ class Session:
 
 
 def measure_links(session: Session) -> None:
-    """An all-reduce of 1 GiB (16 MiB on a CPU), which bounds what gradients can cost."""
+    """All-reduces of float32, a large one (on a CPU not so large) and a row of small ones."""
     devices = session.options.devices
-    length = 2**28 if jax.default_backend() != "cpu" else 2**22
-    one = session.wanted(
-        part="links", mesh=f"data={devices}", devices=devices, rows=devices, length=length
-    )
-    if one is None:
-        return
     layout = Layout.on(MeshConfig(data=devices), model(session.options.model))
-    with in_force(layout):
-        ones = jax.jit(lambda: jnp.ones((devices, length), jnp.float32),
-                       out_shardings=layout.of(("batch",)))()  # fmt: skip
-        spec = PartitionSpec("data")
-        send = jax.jit(
-            jax.shard_map(lambda x: jax.lax.psum(x, "data"), in_specs=spec, out_specs=PartitionSpec())
+    spec = PartitionSpec("data")
+    for length, repeats in ((2**28 if jax.default_backend() != "cpu" else 2**22, 1), (2**16, 64)):
+        one = session.wanted(
+            part="links", mesh=f"data={devices}", devices=devices, rows=devices, length=length
         )
-        times = list[float]()
-        for _ in range(WARM_UP + session.options.steps):
-            began = time.perf_counter()
-            jax.block_until_ready(send(ones))
-            times.append(time.perf_counter() - began)
-    session.keep(dataclasses.replace(one, **timings(times[WARM_UP:], 4.0 * length)))
+        if one is None:
+            continue
+
+        def mean(x: jax.Array, repeats: int = repeats) -> jax.Array:
+            return jax.lax.fori_loop(0, repeats, lambda _, x: jax.lax.pmean(x, "data"), x)
+
+        with in_force(layout):
+            ones = jax.jit(jnp.ones, static_argnums=(0, 1), out_shardings=layout.of(("batch",)))
+            send = jax.jit(jax.shard_map(mean, in_specs=spec, out_specs=spec, check_vma=False))
+            x, times = ones((devices, length), "float32"), list[float]()
+            for _ in range(WARM_UP + session.options.steps):
+                began = time.perf_counter()
+                jax.block_until_ready(send(x))
+                times.append((time.perf_counter() - began) / repeats)
+        session.keep(dataclasses.replace(one, **timings(times[WARM_UP:], 4.0 * length)))
 
 
 def recipe(options: Benchmark, mesh: MeshConfig, rows: int, microbatches: int = 0) -> TrainConfig:
@@ -266,66 +205,67 @@ def recipe(options: Benchmark, mesh: MeshConfig, rows: int, microbatches: int = 
     )
 
 
-def recipes(options: Benchmark) -> Iterator[tuple[str, TrainConfig]]:
-    """The train steps of each part; those of one mesh follow each other."""
+def recipes(options: Benchmark, parts: Sequence[Part]) -> Iterator[tuple[Part, TrainConfig]]:
+    """The train steps of some parts; those of one mesh follow each other."""
     count, one, all_ = options.devices, options.rows, options.rows * options.devices
-    if {"train", "pipeline"} & {*options.only}:
+    split = (MeshConfig(data=count), MeshConfig(fsdp=count))
+    if {"train", "pipeline", "split"} & {*parts}:
         yield "train", recipe(options, MeshConfig(), one)
-    if "train" in options.only:
-        for mesh in (MeshConfig(data=count), MeshConfig(fsdp=count)):
+    if "train" in parts:
+        for mesh in split:
             yield "train", recipe(options, mesh, all_)
-            if one % count == 0:
-                yield "train", recipe(options, mesh, one)
-    if "pipeline" in options.only:
+    if "pipeline" in parts:
         for microbatches in options.microbatches:
             yield "pipeline", recipe(options, MeshConfig(stage=count), all_, microbatches)
+    if "split" in parts:
+        for mesh in split:
+            yield "split", recipe(options, mesh, one)
 
 
-def measure_training(session: Session, config: ModelConfig) -> None:
-    """Compile every train step that is wanted, then time them, mesh by mesh."""
+def measure_training(session: Session, config: ModelConfig, parts: Sequence[Part]) -> None:
+    """Compile every train step of these parts that is wanted, then time them, mesh by mesh."""
     options = session.options
-    jobs: list[tuple[Measurement, TrainConfig]] = []
-    for part, training in recipes(options):
+    jobs: list[tuple[DeviceMeasurement, TrainLoop]] = []
+    for part, training in recipes(options, parts):
         one = session.wanted(
             part=part, mesh=str(training.mesh), devices=training.mesh.devices,
             rows=training.data.batch_size, length=options.sequence_length,
             microbatches=training.execution.pipeline_microbatches, remat=options.remat,
         )  # fmt: skip
         if one is not None:
-            jobs.append((one, training))
-    loops = list[TrainLoop]()
-    for one, training in jobs:
-        loops.append(TrainLoop(config, training, Layout.on(training.mesh, config)))
-        session.say(f"traced {one.part} {one.mesh}, {one.rows} rows")
-    failed = compile_all(session, [(j[0].mesh, loop.compile) for j, loop in zip(jobs, loops)])  # noqa: B905
-    state: tuple[str, Any] = ("", None)
-    for number, ((one, _), loop) in enumerate(zip(jobs, loops, strict=True)):
-        if number in failed or session.late(f"{one.part} {one.mesh}, {one.rows} rows"):
+            layout = Layout.on(training.mesh, config)
+            jobs.append((one, TrainLoop(config, training, layout)))
+    failed = compile_all(session, jobs)
+    kept: tuple[str, Any] = ("", None)
+    for number, (one, loop) in enumerate(jobs):
+        if number in failed or session.late(one.name):
             continue
+        # A mesh's second program goes on with the state of its first.
+        state, kept = (kept[1] if kept[0] == one.mesh else None), ("", None)
+        fresh = state is None
         try:
-            # A mesh's second program goes on with the state of its first.
-            loop.begin(state[1] if state[0] == one.mesh else None)
-            state = ("", None)
-            session.keep(timed_training(one, loop, config, options.steps))
-            state = (one.mesh, loop.state)
+            loop.begin(state)
+            del state
+            measured = timed_training(one, loop, config, options.steps)
+            session.keep(measured if fresh else dataclasses.replace(measured, loss=None))
+            kept = (one.mesh, loop.state)
         except jax.errors.JaxRuntimeError as error:
-            session.say(f"{one.part} {one.mesh}, {one.rows} rows FAILED: {str(error)[:400]}")
+            session.say(f"{one.name} FAILED: {str(error)[:400]}")
         loop.end()
 
 
-def compile_all(session: Session, jobs: Sequence[tuple[str, Callable[[], None]]]) -> set[int]:
+def compile_all(session: Session, jobs: Sequence[tuple[DeviceMeasurement, TrainLoop]]) -> set[int]:
     """Compile, the first alone and the others at once; which of them failed."""
     failed = set[int]()
 
     def work(number: int) -> None:
-        name, compile_ = jobs[number]
-        began = time.monotonic()
+        one, loop = jobs[number]
         try:
-            compile_()
-            session.say(f"compiled {name} in {time.monotonic() - began:.1f} s")
+            loop.compile()
+            session.say(f"compiled {one.name} in {loop.compile_seconds:.1f} s")
         except Exception as error:  # whatever it is, the other programs are measured
             failed.add(number)
-            session.say(f"compiling {name} FAILED: {type(error).__name__}: {str(error)[:400]}")
+            session.say(f"compiling {one.name} FAILED: {type(error).__name__}: {str(error)[:400]}")
 
     if jobs:
         work(0)
@@ -335,8 +275,8 @@ def compile_all(session: Session, jobs: Sequence[tuple[str, Callable[[], None]]]
 
 
 def timed_training(
-    one: Measurement, loop: TrainLoop, config: ModelConfig, steps: int
-) -> Measurement:
+    one: DeviceMeasurement, loop: TrainLoop, config: ModelConfig, steps: int
+) -> DeviceMeasurement:
     """A compiled and begun train step's times, and what its program says of itself."""
     runs = [loop.run() for _ in range(WARM_UP + steps)]
     found = timings([seconds for seconds, _ in runs[WARM_UP:]], one.rows * one.length)
@@ -371,14 +311,19 @@ def kernels(compiled: Any) -> str:
 def measure_decoding(session: Session, config: ModelConfig) -> None:
     """One device, then `tensor` and `data` over all, each compared with the logits of the one."""
     options, count = session.options, session.options.devices
-    expected: np.ndarray | None = None
-    for mesh in (MeshConfig(), MeshConfig(tensor=count), MeshConfig(data=count)):
-        one = session.wanted(
+    wanted = {
+        mesh: session.wanted(
             part="decode", mesh=str(mesh), devices=mesh.devices, rows=options.batch,
             length=options.context,
-        )  # fmt: skip
-        # Others are compared with one device's logits: that one is run for them again.
-        if one is None and mesh.devices > 1:
+        )
+        for mesh in (MeshConfig(), MeshConfig(tensor=count), MeshConfig(data=count))
+    }  # fmt: skip
+    if not any(wanted.values()):
+        return
+    expected: np.ndarray | None = None
+    for mesh, one in wanted.items():
+        # One device's logits are what others are compared with: for them it is run again.
+        if (one is None and mesh.devices > 1) or session.late(f"decode {mesh}"):
             continue
         try:
             measured, logits = timed_decoding(one, config, mesh, options)
@@ -387,15 +332,14 @@ def measure_decoding(session: Session, config: ModelConfig) -> None:
             continue
         if mesh.devices == 1:
             expected = logits
-        if measured is None:
-            continue
-        error = None if expected is None else norm_of_error(logits, expected)
-        session.keep(dataclasses.replace(measured, logits_error=error))
+        if measured is not None:
+            error = None if expected is None else norm_of_error(logits, expected)
+            session.keep(dataclasses.replace(measured, logits_error=error))
 
 
 def timed_decoding(
-    one: Measurement | None, config: ModelConfig, mesh: MeshConfig, options: Benchmark
-) -> tuple[Measurement | None, np.ndarray]:
+    one: DeviceMeasurement | None, config: ModelConfig, mesh: MeshConfig, options: Benchmark
+) -> tuple[DeviceMeasurement | None, np.ndarray]:
     """Times of decoding steps, and the logits of one behind ragged rows of the same K/V."""
     layout = make_layout(mesh, config)
     with in_force(layout):
@@ -448,93 +392,6 @@ def norm_of_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """A measurement beside one device's, and beside the ideal of a pipeline."""
-
-    one: Measurement
-    ratio: float | None
-    ideal: float | None
-
-
-def compared(found: Sequence[Measurement]) -> list[Compared]:
-    """Every measurement but those of links, with its rate over one device's."""
-    rows = list[Compared]()
-    for m in found:
-        if m.part == "links" or not m.rate:
-            continue
-        alike = "decode" if m.part == "decode" else "train"
-        alone = next((a for a in found if a.part == alike and a.mesh == "none" and a.rate
-                      and (a.model, a.length, a.remat) == (m.model, m.length, m.remat)), None)  # fmt: skip
-        ratio = m.rate / alone.rate if alone and alone.rate and m.mesh != "none" else None
-        rows.append(Compared(m, ratio, ideal_ratio(m) if m.part == "pipeline" else None))
-    return rows
-
-
-def ideal_ratio(m: Measurement) -> float:
-    """Times as fast as one device that rematerialises alike: its ideal is a pipeline of one."""
-    many, one = ideals(m)
-    return (one.body * one.remat + one.outside + one.head) / many.step
-
-
-def ideals(m: Measurement) -> tuple[Any, Any]:
-    """The ideal of a measured pipeline; its arithmetic, which one device has to do too."""
-    remat: Any = m.remat
-    many = pipeline_ideal(
-        model(m.model), m.devices, m.microbatches, remat=remat, sequence_length=m.length
-    )
-    return many, many
-
-
-def shares(m: Measurement) -> str:
-    """What the ideal step of a pipeline consists of."""
-    many, _ = ideals(m)
-    parts = {
-        "layers in stages": many.body,
-        "rematerialisation": many.body * (many.remat - 1),
-        "bubble": many.body * many.remat * (many.bubble - 1),
-        "layers outside": many.outside,
-        "head": many.head,
-    }
-    whole = many.step * many.stages
-    said = ", ".join(f"{name} {part / whole:.1%}" for name, part in parts.items() if part)
-    return f"ideal of {m.microbatches} microbatches in {m.devices} stages: {said}"
-
-
-COLUMNS = (
-    Column[Compared]("part", "part", lambda r: r.one.part),
-    Column[Compared]("mesh", "mesh", lambda r: r.one.mesh),
-    Column[Compared]("rows", "rows", lambda r: r.one.rows, "d"),
-    Column[Compared]("length", "length", lambda r: r.one.length, "d"),
-    Column[Compared]("microbatches", "micro", lambda r: r.one.microbatches or None, "d"),
-    Column[Compared]("ms", "ms", lambda r: 1e3 * (r.one.seconds or 0), ".2f"),
-    Column[Compared]("range", "range, ms", lambda r: 1e3 * ((r.one.slowest or 0) - (r.one.fastest or 0)), ".2f"),
-    Column[Compared]("rate", "tokens/s", lambda r: r.one.rate, ".0f"),
-    Column[Compared]("mfu", "MFU", lambda r: r.one.mfu, ".3f"),
-    Column[Compared]("ratio", "of one device", lambda r: r.ratio, ".3f"),
-    Column[Compared]("ideal", "ideal", lambda r: r.ideal, ".3f"),
-    Column[Compared]("of_ideal", "of ideal", lambda r: r.ratio / r.ideal if r.ratio and r.ideal else None, ".3f"),
-    Column[Compared]("sent", "sent, GB", lambda r: (r.one.sent_bytes or 0) / 1e9, ".2f"),
-    Column[Compared]("temporaries", "temporaries, GB", lambda r: (r.one.temporary_bytes or 0) / 1e9, ".1f"),
-    Column[Compared]("cache", "cache a device, GB", lambda r: r.one.cache_bytes and r.one.cache_bytes / 1e9, ".3f"),
-    Column[Compared]("error", "logits' error", lambda r: r.one.logits_error, ".1e"),
-    Column[Compared]("loss", "first loss", lambda r: r.one.loss, ".4f"),
-    Column[Compared]("attention", "attention", lambda r: r.one.attention),
-)  # fmt: skip
-
-
-def report(found: Sequence[Measurement]) -> str:
-    """The table, the pipelines' ideals and the links, as Markdown."""
-    lines = [markdown(compared(found), COLUMNS)]
-    lines += [f"{shares(m)}\n" for m in found if m.part == "pipeline"]
-    lines += [
-        f"links: an all-reduce of {4 * m.length / 1e9:.2f} GB over {m.devices} devices at "
-        f"{m.rate / 1e9:.0f} GB/s\n"
-        for m in found if m.part == "links" and m.rate
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
 def check(options: Benchmark, config: ModelConfig) -> None:
     """Whether everything that is asked for can be run, before any of it is.
 
@@ -548,8 +405,10 @@ def check(options: Benchmark, config: ModelConfig) -> None:
         )
     for name in ("rows", "sequence_length", "steps", "batch", "compilers"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
-    for _, training in recipes(options):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more"
+            )
+    for _, training in recipes(options, options.only):
         check_mesh(config, training)
     if "decode" in options.only:
         if options.context <= 2 * DECODE_STEPS:
@@ -575,9 +434,10 @@ def main(options: Benchmark) -> None:
     )
     if "links" in options.only:
         measure_links(session)
-    measure_training(session, config)
+    measure_training(session, config, [p for p in options.only if p in ("train", "pipeline")])
     if "decode" in options.only:
         measure_decoding(session, config)
+    measure_training(session, config, [p for p in options.only if p == "split"])
     if not session.found:
         raise ValueError("nothing was measured")
     text = report(session.found)
