@@ -26,7 +26,7 @@ TOKENS = np.random.default_rng(0).integers(0, 512, (8, 129)).astype(np.int32)
 WEIGHTS = np.full((8, 128), 1 / (8 * 128), np.float32)
 # Norm of the difference over the norm. Exact products, summed in another order; and bfloat16 ones,
 # where another split rounds other sums.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,7 @@ def loss_and_gradients(mesh, dtype):
         return jax.tree.map(np.asarray, run(params, batch))
 
 
+@pytest.mark.standard_dtype_promotion  # jax.nn's attention promotes in its gradient too
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2", "stage=2"])
 def test_loss_and_gradients_are_those_of_one_gpu(mesh, dtype):
