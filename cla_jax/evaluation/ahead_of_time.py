@@ -30,6 +30,7 @@ __all__ = [
     "compile_decode",
     "compile_prefill",
     "compile_train_step",
+    "lower_train_step",
     "target_devices",
 ]
 
@@ -94,6 +95,13 @@ def compile_train_step(
     config: ModelConfig, training: TrainConfig, layout: Layout
 ) -> jax.stages.Compiled:
     """The step that `train` takes, state donated."""
+    return lower_train_step(config, training, layout).compile()
+
+
+def lower_train_step(
+    config: ModelConfig, training: TrainConfig, layout: Layout
+) -> jax.stages.Lowered:
+    """The same, traced: to be compiled where and when it suits."""
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
     data = training.data
@@ -108,7 +116,7 @@ def compile_train_step(
              for name in names}  # fmt: skip
     step = make_train_step(model, optimizer, micro, layout)
     with in_force(layout):
-        return step.lower(state, batch).compile()
+        return step.lower(state, batch)
 
 
 def compile_prefill(

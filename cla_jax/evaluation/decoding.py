@@ -3,15 +3,17 @@
 import dataclasses
 import statistics
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from cla_kernels import choose_implementation
 from flax import nnx
 
 from cla_jax.configs import ExecutionConfig, ModelConfig
 from cla_jax.inference import KVCache, Sampling
+from cla_jax.inference.cache import laid_out_stack
 from cla_jax.inference.generation import decode_block
 from cla_jax.inference.planning import MemorySettings, step_reads
 from cla_jax.inference.sampling import row_keys
@@ -88,7 +90,8 @@ def random_decoder(
 class DecodeLoop:
     """`decode_block`, `generate`'s own loop, compiled, with a full cache of random K/V.
 
-    Compiled before the cache takes the memory: XLA tries out matrix products as it compiles.
+    Compiled before the cache takes the memory: XLA tries out matrix products as it compiles. On a
+    mesh (make it, fill it and run it with the layout in force) the cache is made where it lies.
 
     Args:
         decoder: the model.
@@ -98,6 +101,7 @@ class DecodeLoop:
         steps: that one call may run.
 
     Attributes:
+        decoder: as given.
         compiled: the program.
         compile_seconds: it took.
         cache: None until `fill`.
@@ -113,7 +117,7 @@ class DecodeLoop:
         steps: int = 16,
     ) -> None:
         config = decoder.config
-        self._decoder, self._batch = decoder, batch
+        self.decoder, self._batch = decoder, batch
 
         @jax.jit
         def full() -> KVCache:
@@ -122,7 +126,7 @@ class DecodeLoop:
             new = empty.stored(KV(row, row))
 
             def filled(stacks: tuple[jax.Array, ...], part: Any) -> Any:
-                return tuple(jnp.broadcast_to(part, stack.shape) for stack in stacks)
+                return tuple(laid_out_stack(jnp.broadcast_to(part, s.shape)) for s in stacks)
 
             return dataclasses.replace(
                 empty,
@@ -132,35 +136,41 @@ class DecodeLoop:
                 v_scale=filled(empty.v_scale, new.v_scale),
             )
 
-        self._full = full
-        self._token, self._done = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
+        self._full = full.lower().compile()
+        shapes, self._places = jax.eval_shape(full), self._full.output_shardings
+        cache = jax.tree.map(
+            lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+            shapes, self._places,
+        )  # fmt: skip
+        token, done = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
         no_stop = jnp.full((1,), -1, jnp.int32)
-        self._rest = (row_keys(0, range(batch)), Sampling().arrays(), no_stop)
+        self._rest = (token, done, row_keys(0, range(batch)), Sampling().arrays(), no_stop)
         began = time.perf_counter()
         self.compiled: Any = decode_block.lower(
-            decoder, jax.eval_shape(full), self._token, self._done, *self._rest, jnp.int32(steps),
-            size=steps,
-        ).compile()  # fmt: skip
+            decoder, cache, *self._rest, jnp.int32(steps), size=steps
+        ).compile()
         self.compile_seconds = time.perf_counter() - began
         self.cache: KVCache | None = None
 
     def fill(self) -> KVCache:
         """Make the cache; its K/V are random."""
-        cache = jax.block_until_ready(self._full())
+        cache = cast(KVCache, jax.block_until_ready(self._full()))
         self.cache = cache
         return cache
+
+    def at(self, lengths: Any) -> KVCache:
+        """The cache with its rows this long: an int, or one of each row. It is to be donated."""
+        cache = self.fill() if self.cache is None else self.cache
+        each = np.broadcast_to(np.asarray(lengths, np.int32), (self._batch,))
+        placed = jax.device_put(each, cast(Any, self._places).lengths)
+        return dataclasses.replace(cache, lengths=placed)
 
     def run(self, start: int, count: int) -> float:
         """Seconds of one call, which decodes `count` tokens a row behind `start` that it has."""
         # The cache was donated; only its lengths are set back.
-        lengths = jnp.full((self._batch,), start, jnp.int32)
-        cache = self.fill() if self.cache is None else self.cache
-        cache = dataclasses.replace(cache, lengths=lengths)
-        jax.block_until_ready(cache)
+        cache, count_ = jax.block_until_ready((self.at(start), jnp.int32(count)))
         began = time.perf_counter()
-        _, self._token, _, self.cache = self.compiled(
-            self._decoder, cache, self._token, self._done, *self._rest, jnp.int32(count)
-        )
+        *_, self.cache = self.compiled(self.decoder, cache, *self._rest, count_)
         jax.block_until_ready(self.cache)
         return time.perf_counter() - began
 

@@ -1,6 +1,7 @@
 """`KVCache`: the keys and values of the layers that own them, and of no others."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, get_args
@@ -16,7 +17,7 @@ from cla_jax._choices import check_choice
 from cla_jax.configs import CacheDtype, ModelConfig
 from cla_jax.inference.quantization import StoredKV
 from cla_jax.models import KV
-from cla_jax.models.sharding import constrain, shards
+from cla_jax.models.sharding import constrain, on_shards, shards
 from cla_jax.sharing import KVSharing
 
 # Logical axes: of a stack `[G', B, S, K, H]`, of its scales `[G', B, K, S]`, and of queries that
@@ -71,8 +72,27 @@ def _check_split(batch: int, kv_heads: int) -> None:
             )
 
 
-def _laid_out(stack: jax.Array) -> jax.Array:
+def laid_out_stack(stack: jax.Array) -> jax.Array:
+    """A stack of a cache, or its scales, where the mesh in force wants it."""
     return constrain(stack, *(CACHE_AXES if stack.ndim == len(CACHE_AXES) else SCALE_AXES))
+
+
+def _put_behind(
+    stack: jax.Array, part: jax.Array, lengths: jax.Array, layer: Any, *, first_row: Any
+) -> jax.Array:
+    """A stack, or scales, with new tokens behind what rows from `first_row` on have."""
+    scales = stack.ndim == len(SCALE_AXES)
+    b, T = part.shape[1], part.shape[3 if scales else 2]
+    rows = first_row + jnp.arange(b, dtype=jnp.int32)
+    positions = lengths[rows][:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    # A scatter by rows: rows are of different lengths, and it copies nothing. In scales the heads
+    # lie between rows and positions, so that each head is scattered too: all axes up to the last
+    # that is indexed, in their order, are what a scatter need not turn.
+    at = (rows[:, None], positions)
+    if scales:
+        heads = jnp.arange(part.shape[2], dtype=jnp.int32)
+        at = (rows[:, None, None], heads[None, :, None], positions[:, None])
+    return stack.at[layer, *at].set(part[0], mode="drop", unique_indices=True)
 
 
 @jax.tree_util.register_dataclass
@@ -175,7 +195,8 @@ class KVCache:
         # Distinct arrays throughout: a donated buffer can be given away only once.
         def stacks(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
             return tuple(
-                _laid_out(jnp.zeros(shape, dtype)) for _ in range(sharing.kv_layers // in_stack)
+                laid_out_stack(jnp.zeros(shape, dtype))
+                for _ in range(sharing.kv_layers // in_stack)
             )
 
         lengths = jnp.zeros((batch,), jnp.int32)
@@ -267,19 +288,17 @@ class KVCache:
             new: `stored` K/V of consecutive rows.
             first_row: the first of those rows.
         """
-        _, b, T, K, _ = new.k.shape
-        rows = first_row + jnp.arange(b, dtype=jnp.int32)
-        positions = self.lengths[rows][:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-        heads = jnp.arange(K, dtype=jnp.int32)
 
         def put(stack: Any, layer: Any, part: Any) -> Any:
-            # A scatter by rows: rows are of different lengths, and it copies nothing. In scales the
-            # heads lie between rows and positions, so that each head is scattered too: all axes up
-            # to the last that is indexed, in their order, are what a scatter need not turn.
-            at = (rows[:, None], positions)
-            if stack.ndim == 4:
-                at = (rows[:, None, None], heads[None, :, None], positions[:, None])
-            return stack.at[layer, *at].set(part[0], mode="drop", unique_indices=True)
+            behind = functools.partial(_put_behind, layer=layer, first_row=first_row)
+            if isinstance(first_row, int) and part.shape[1] == self.batch:
+                # Every device writes its own rows and heads. XLA does not see that they are its
+                # own, and would send all new K/V to all devices.
+                axes = CACHE_AXES if stack.ndim == len(CACHE_AXES) else SCALE_AXES
+                behind = functools.partial(_put_behind, first_row=0)
+                in_axes = (axes, axes, CACHE_AXES[1:2], ())
+                return on_shards(behind, in_axes, axes)(stack, part, self.lengths, layer)
+            return behind(stack, part, self.lengths)
 
         return self._with(slot, new, put)
 
@@ -309,7 +328,7 @@ class KVCache:
         def replaced(stacks: tuple[Any, ...], part: Any) -> tuple[Any, ...]:
             if not stacks:
                 return ()
-            return (*stacks[:at], _laid_out(put(stacks[at], layer, part)), *stacks[at + 1 :])
+            return (*stacks[:at], laid_out_stack(put(stacks[at], layer, part)), *stacks[at + 1 :])
 
         return KVCache(
             replaced(self.k, new.k),

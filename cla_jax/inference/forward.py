@@ -120,7 +120,10 @@ def _forward(
 ) -> tuple[Float[Array, "b V"] | Float[Array, "b T V"], KVCache]:
     config, sharing = decoder.config, decoder.config.sharing
     rows, length = tokens.shape
+    # Lengths may lie where the rows of the cache are, positions are needed where activations are:
+    # else every layer's rotation sends its angles.
     starts = jax.lax.dynamic_slice_in_dim(cache.lengths, first_row, rows)
+    starts = constrain(starts, "batch")
     steps = jnp.arange(length, dtype=jnp.int32)
     positions = starts[:, None] + steps[None, :]
     angles = rotary(positions, config.rotary, config.rope_theta, config.rope_scaling)

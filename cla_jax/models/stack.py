@@ -154,8 +154,9 @@ def run_segments[X](
         )
         body = segment_body(layer, segment, available, exports)
         with jax.named_scope(f"layers_{segment.start}_to_{segment.stop - 1}"):
-            scanned = execution.scan and segment.repeats > 1
-            body = rematerialised(body, execution.remat, inside_scan=scanned)
+            # Repeats that one scan step runs side by side are merged as those of no scan are.
+            alone = execution.scan and segment.repeats > 1 and execution.unroll == 1
+            body = rematerialised(body, execution.remat, inside_scan=alone)
             x, exported = segment_steps(body, segment.repeats, list(stacked), x, execution)
         available |= {
             last_repeat + position: kv for position, kv in zip(exports, exported, strict=True)
@@ -240,7 +241,7 @@ def rematerialised(
     Args:
         body: the function.
         remat: as in `ExecutionConfig`.
-        inside_scan: where it is run.
+        inside_scan: whether it is all that a scan's step runs.
         batch_axes: that every matrix product has, because `jax.vmap` gave them to it.
     """
     policies = jax.checkpoint_policies

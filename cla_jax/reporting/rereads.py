@@ -1,11 +1,8 @@
 """What the second read of K/V costs that two layers share, against the first."""
 
-import csv
 import dataclasses
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -22,6 +19,7 @@ from cla_jax.reporting._style import (
     marker,
     text_width,
 )
+from cla_jax.reporting.csv_records import append_record, read_records
 from cla_jax.reporting.tables import Column
 
 __all__ = ["COLUMNS", "Reread", "append_row", "read_rows", "rereads", "verdict"]
@@ -114,14 +112,7 @@ COLUMNS = (
 
 def append_row(path: Path, row: Reread) -> None:
     """Adds a row to a CSV file of all fields, with the heading where it is new."""
-    values = dataclasses.asdict(row)
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(values)
-        writer.writerow("" if value is None else value for value in values.values())
+    append_record(path, row)
 
 
 def read_rows(path: Path) -> list[Reread]:
@@ -130,24 +121,7 @@ def read_rows(path: Path) -> list[Reread]:
     Raises:
         ValueError: no such file, or it holds something else.
     """
-    types = typing.get_type_hints(Reread)
-
-    def value(name: str, text: str) -> Any:
-        if types[name] in (str, int):
-            return types[name](text)
-        return float(text) if text else None
-
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [
-                Reread(**{name: value(name, text) for name, text in record.items()})
-                for record in csv.DictReader(file)
-            ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no measurements of rereads: {error!r}") from None
-    if not rows:
-        raise ValueError(f"{path} holds no row")
-    return rows
+    return read_records(path, Reread, "measurements of rereads")
 
 
 def _lines(rows: Sequence[Reread]) -> dict[tuple[str, str, int], list[Reread]]:

@@ -132,6 +132,26 @@ def test_gradients_of_a_users_own_layers_equal_the_loops(remat):
     )
 
 
+def test_what_an_unrolled_scan_recomputes_is_not_merged_with_the_original():
+    """XLA drops a loop of one step, and would keep every layer's activations instead."""
+    matrices, x = jnp.ones((4, 256, 256)), jnp.ones((512, 256))
+
+    def layer(matrix, x, kv):
+        return jnp.sin(jnp.tanh(x @ matrix) @ matrix), x
+
+    def temporaries(remat):
+        execution = ExecutionConfig(remat=remat, unroll=4)
+
+        def loss(matrices):
+            return scan_layers(layer, KVSharing.none(4), [[matrices]], x, execution).sum()
+
+        memory = jax.jit(jax.grad(loss)).lower(matrices).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert temporaries("full") < 0.75 * temporaries("none")
+
+
 def test_scanned_stacks_compile_once_a_period():
     calls = []
 

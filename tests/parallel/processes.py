@@ -26,22 +26,29 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(
-    processes: int, cwd: Path, *arguments: str, devices: int = 1
+    processes: int, cwd: Path, *arguments: str, devices: int = 1, gpus: bool = False
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """The training command with these arguments, in so many processes; killed at the end."""
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-        f"--xla_force_host_platform_device_count={devices}",
-    }
+    """The training command with these arguments, in so many processes; killed at the end.
+
+    Each has so many CPU devices; or (`gpus`) a GPU of its own, on which products are exact.
+    """
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    if gpus:
+        environment |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    else:
+        environment |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+            f"--xla_force_host_platform_device_count={devices}",
+        }
     port = free_port()
     found = [
         subprocess.Popen(
             [sys.executable, "-c", MAIN, *TRAIN, *arguments,
              *(("--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process",
                 str(index)) if processes > 1 else ())],
-            cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=cwd, env=environment | ({"CUDA_VISIBLE_DEVICES": str(index)} if gpus else {}),
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for index in range(processes)
     ]  # fmt: skip
