@@ -9,7 +9,8 @@
 
 Every time is of the device alone: of `decode_attention` called again and again inside one compiled
 program (peers: in a CUDA graph), over several layers' caches in turn that together are twice
-as large as the L2 (of 24 layers at most: under 5 MB a call, less), and from the slope between two
+as large as the L2 (of 24 layers at most: under 5 MB a call, less), in steps of 20 calls, as of a
+model of 20 layers, which share what depends on lengths alone; and from the slope between two
 amounts of work. Every implementation is first compared with float32: one whose error is larger than
 allowed gets no time. In the same run the device reads a 2 GB array: fractions are of that rate.
 
@@ -153,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text.error(f"JAX finds a {device.platform} and no GPU; --smoke runs here")
     timing = Timing()
     if options.smoke:
-        timing = Timing(2e-4, 1e-3, 3, rotation=40_000, most_layers=3, rate=1e9, fewest=1e-4)
+        timing = Timing(
+            2e-4, 1e-3, 3, rotation=40_000, most_layers=3, step=4, rate=1e9, fewest=1e-4
+        )
     print(f"# {device.device_kind}, jax {jax.__version__}", flush=True)
     names = available(names)
     done = earlier(options.out, shapes)

@@ -130,7 +130,7 @@ def measure(
         call, note = prepare(peer, shape, q, caches)
         out = call(0).float().cpu().numpy().reshape(shape.B, shape.N, shape.H)
         torch.cuda.synchronize()
-    count = timing.rotations(shape) * len(caches)
+    count = timing.steps(shape) * timing.calls(shape)
 
     def time() -> tuple[Measured, str]:
         with torch.no_grad():

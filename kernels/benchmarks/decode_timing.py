@@ -1,9 +1,10 @@
 """Times on the device by the slope between two amounts of work; the JAX side of the benchmark.
 
 What is timed is one compiled program a call: an outer loop of `n` (given when it is called) around
-an inner loop of fixed length, in which `decode_attention` runs over each layer's cache in turn, its
-output being the next query. Nothing else is in the loop. Two values of `n` differ by work alone:
-dispatch and the first call cancel.
+an inner loop of fixed length, of steps of a model of 20 layers: `decode_attention` runs over each
+layer's cache in turn, its output being the next query. What an implementation makes of the lengths
+alone it makes once a step, as in a model. Nothing else is in the loop. Two values of `n` differ by
+work alone: dispatch and the first call cancel.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ class Timing:
         repeats: slopes, of which the median is taken.
         rotation: bytes of K/V that are read before any is read again: twice an L2 of 60 MB.
         most_layers: of them, at most: each is a call in the program.
+        step: calls of a step, at least: of fewer layers, some are called more than once.
         most_bytes: of all layers' caches together.
         rate: bytes a second, to guess by.
         fewest: seconds of a call, to guess by.
@@ -45,6 +47,7 @@ class Timing:
     repeats: int = 7
     rotation: int = 120_000_000
     most_layers: int = 24
+    step: int = 20
     most_bytes: int = 40_000_000_000
     rate: float = 4e12
     fewest: float = 6e-6
@@ -53,10 +56,15 @@ class Timing:
         """Layers whose caches are read in turn."""
         return layers_of(shape, self.rotation, self.most_layers, self.most_bytes)
 
-    def rotations(self, shape: Shape) -> int:
-        """Of the inner loop: how often it goes through all layers."""
+    def calls(self, shape: Shape) -> int:
+        """Of one step: every layer equally often."""
+        layers = self.layers(shape)
+        return layers * -(-self.step // layers)
+
+    def steps(self, shape: Shape) -> int:
+        """Of the inner loop."""
         call = max(shape.kv_bytes / self.rate, self.fewest)
-        return max(1, round(self.inner / (call * self.layers(shape))))
+        return max(1, round(self.inner / (call * self.calls(shape))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,26 +149,25 @@ def attend(implementation: str, q: jax.Array, cache: Cache, lengths: jax.Array) 
     return call(q, k, v, lengths, implementation=implementation, **given)
 
 
-def timed_program(implementation: str, rotations: int) -> Callable[..., Any]:
+def timed_program(implementation: str, steps: int, calls: int) -> Callable[..., Any]:
     """`(q, caches, lengths, n) -> (output of one call, output of the last)`.
 
     Layers' caches are arrays of their own, as models hold them, so that no implementation slices
     (and copies) a stack. The barrier keeps XLA from hoisting out of the loop what it does to a
-    cache (a cast, a new layout), which a decode step would do anew. Work on the lengths alone may
-    be hoisted: it is shared by all layers of a step.
+    cache (a cast, a new layout), which a decode step would do anew.
     """
     # Jitted, so that the layers trace and lower it once.
     call = jax.jit(lambda q, cache, lengths: attend(implementation, q, cache, lengths))
 
     def program(q: jax.Array, caches: Sequence[Cache], lengths: jax.Array, n: jax.Array) -> Any:
-        def rotation(_: Any, q: jax.Array) -> jax.Array:
-            for cache in caches:
-                q, cache = lax.optimization_barrier((q, cache))
+        def step(_: Any, q: jax.Array) -> jax.Array:
+            for i in range(calls):
+                q, cache = lax.optimization_barrier((q, caches[i % len(caches)]))
                 q = call(q, cache, lengths)
             return q
 
         first = call(q, caches[0], lengths)
-        inner = lambda _, q: lax.fori_loop(0, rotations, rotation, q)  # noqa: E731
+        inner = lambda _, q: lax.fori_loop(0, steps, step, q)  # noqa: E731
         return first, lax.fori_loop(jnp.int32(0), n, inner, first)
 
     return program
@@ -245,7 +252,7 @@ def compile_timed(shape: Shape, implementation: str, timing: Timing) -> Any:
     """
     q, cache = structs(shape)
     integers = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((shape.B,), ()))
-    program = timed_program(implementation, timing.rotations(shape))
+    program = timed_program(implementation, timing.steps(shape), timing.calls(shape))
     return jax.jit(program).lower(q, (cache,) * timing.layers(shape), *integers).compile()
 
 
@@ -261,7 +268,7 @@ def measure(
 
     first, _ = compiled(q, caches, lengths, np.int32(0))
     out = np.asarray(first).astype(np.float32)[:, 0]
-    calls = timing.rotations(shape) * len(caches)
+    calls = timing.steps(shape) * timing.calls(shape)
     return out, lambda: slope(run, calls, timing)
 
 

@@ -115,8 +115,9 @@ def _attend(
     plan = schedule(lengths, K, S, cut)
     written, together = cut_rows(B * K, T * heads, tile_columns(H), cut)
     found = partial_attention(
-        rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=written, tuning=cut
-    )
+        rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=written,
+        found=q.dtype, tuning=cut,
+    )  # fmt: skip
     out = combine(*found, plan, together=together, tuning=cut)
-    out = out[:, : T * heads, :H].astype(q.dtype)
+    out = out[:, : T * heads, :H]
     return out.reshape(B, K, T, heads, H).swapaxes(1, 2).reshape(B, T, N, H)

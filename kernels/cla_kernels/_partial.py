@@ -57,7 +57,9 @@ def _widened(tile: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 # Jitted, so that a model's layers trace and lower it once.
-@functools.partial(jax.jit, static_argnames=("queries", "heads", "scale", "written", "tuning"))
+@functools.partial(
+    jax.jit, static_argnames=("queries", "heads", "scale", "written", "found", "tuning")
+)
 def partial_attention(
     q: jax.Array,
     cached: Cached,
@@ -68,6 +70,7 @@ def partial_attention(
     heads: int,
     scale: float,
     written: int,
+    found: jnp.dtype,
     tuning: Tuning,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Every unit's softmax over its stretch of every row and KV head that it reads.
@@ -85,11 +88,11 @@ def partial_attention(
         heads: query heads of a KV head.
         scale: of the scores, positive.
         written: rows of a result: those of `q`, or whole tiles of them.
+        found: type of a result.
         tuning: how the work is cut.
 
     Returns:
-        Results `[B * K, written, C]` like `q`, of what is done alone, `C` the head dim in whole
-        tiles; and float32: sums of values `[B * K + units, R, C]`, `R` the rows in whole tiles, and
+        Results `[B * K, written, C]` of what is done alone, `C` the head dim in whole tiles; and float32: sums of values `[B * K + units, R, C]`, `R` the rows in whole tiles, and
         their largest score (times log2 e) and sum of weights, `[B * K + units, 2, R]`. What nobody
         has found is not written.
     """
@@ -101,6 +104,7 @@ def partial_attention(
     scale2 = scale * math.log2(math.e)  # exp2 is the GPU's own
     kv_dtype, dtype = cached.k.dtype, q.dtype
     eight_bit = cached.k_scale is not None
+    tiles_spare = 1 if tuning.on_device else 2  # of 8 bits: for V, and K where it is not multiplied
     k, v = (a.reshape(G * B, S, K, H) for a in (cached.k, cached.v))
     scales = [a.reshape(G * B, K, S) for a in (cached.k_scale, cached.v_scale) if a is not None]
     tile, by_key, by_row = _TILE, _TILE.reduce(1), _TILE.reduce(0)
@@ -111,6 +115,7 @@ def partial_attention(
         len_ref, start_ref, unit_ref, each_ref, layer_ref = refs[:5]
         out_ref, sums_ref, statistics_ref = refs[5:8]
         q_full, q_empty, full, empty, q_s, kv_s, p_s, merging, *spare = refs[8:]
+        scale_s = spare[tiles_spare] if eight_bit else None
         unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
         if tuning.on_device:
             plgpu.griddepcontrol_wait()
@@ -212,7 +217,7 @@ def partial_attention(
                             plgpu.commit_smem()
                             keys = spare[1].at[wg]
                         x = multiplied(keys, q_t, (block, rows))
-                        each = plgpu.load(spare[-1].at[slot_k], layout=by_key)
+                        each = plgpu.load(scale_s.at[slot_k], layout=by_key)
                         x = x * lax.broadcast_in_dim(each * scale2, x.shape, [0])
                     plgpu.barrier_arrive(empty.at[slot_k])
                     if not whole:
@@ -237,7 +242,7 @@ def partial_attention(
                     plgpu.barrier_wait(full.at[slot_v])
                     values = kv_s.at[slot_v]
                     if eight_bit:
-                        each = plgpu.load(spare[-1].at[slot_v], layout=by_key)
+                        each = plgpu.load(scale_s.at[slot_v], layout=by_key)
                         if not whole:
                             ids = plgpu.broadcasted_iota(jnp.int32, each.shape, 0, layout=by_key)
                             each = jnp.where(ids < stored, each, 0.0)
@@ -291,14 +296,13 @@ def partial_attention(
 
                 @pl.when(alone)
                 def _finish() -> None:
-                    # The queries' place takes what they found: it has their shape and type.
+                    # The queries' place takes what they found, if it is of their type.
+                    place = q_s.at[slot_q] if found == dtype else spare[-1]
                     inverse = jnp.where(weight > 0, 1.0 / weight, 0.0)
                     done = acc * lax.broadcast_in_dim(inverse, acc.shape, [1])
-                    q_s.at[slot_q].T[...] = done.astype(dtype)
+                    place.T[...] = done.astype(found)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        q_s.at[slot_q], out_ref.at[row * K + head, all_rows, columns]
-                    )
+                    plgpu.copy_smem_to_gmem(place, out_ref.at[row * K + head, all_rows, columns])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 plgpu.barrier_arrive(q_empty.at[slot_q])
@@ -339,7 +343,7 @@ def partial_attention(
                         )
                         if eight_bit:
                             plgpu.copy_gmem_to_smem(
-                                scale_refs[part].at[base + row, head, keys], spare[-1].at[slot], at
+                                scale_refs[part].at[base + row, head, keys], scale_s.at[slot], at
                             )
 
             stretches, blocks = walk(stretch)
@@ -391,12 +395,14 @@ def partial_attention(
         merging if workers > 1 else [],
     ]
     if eight_bit:
-        scratch += [shared(workers, block, width)] * (1 if tuning.on_device else 2)
+        scratch += [shared(workers, block, width)] * tiles_spare
         scratch += [plgpu.SMEM((stages, block), jnp.float32)]
+    if found != dtype:
+        scratch += [shared(rows, width, dtype=found)]
     return plgpu.kernel(
         kernel,
         out_type=(
-            jax.ShapeDtypeStruct((B * K, written, width), dtype),
+            jax.ShapeDtypeStruct((B * K, written, width), found),
             jax.ShapeDtypeStruct((B * K + tuning.units, rows, width), jnp.float32),
             jax.ShapeDtypeStruct((B * K + tuning.units, 2, rows), jnp.float32),
         ),

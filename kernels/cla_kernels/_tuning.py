@@ -90,7 +90,7 @@ def tuned(
     # Scores and sums of values of a tile lie in registers.
     block = max(min(tuning.block, (8192 if columns < 256 else 4096) // rows), TILE_KEYS)
     while True:
-        fixed = 2 * rows * columns * 2
+        fixed = (3 if eight_bit else 2) * rows * columns * 2  # queries, and results of another type
         fixed += workers * (rows * block * 2 + block * columns * 2 * eight_bit)
         if workers > 1:  # for what they merge, and the second's reductions
             fixed += rows * (columns + 2) * 4 + 2 * REDUCTION_BYTES
