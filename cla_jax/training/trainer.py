@@ -31,7 +31,6 @@ from cla_jax.training.checkpoints import Checkpoints
 from cla_jax.training.hardware import peak_flops
 from cla_jax.training.initial import InitialParams
 from cla_jax.training.interruption import Interrupted, StopRequest
-from cla_jax.training.loss import check_loss_chunk
 from cla_jax.training.metrics import MetricLog, TrainingProgress, read_metrics
 from cla_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from cla_jax.training.run_directory import (
@@ -240,10 +239,6 @@ def check_run(
     """
     _check_streams(config, training.data, streams)
     check_mesh(config, training)
-    check_loss_chunk(
-        training.execution.loss_chunk,
-        _tokens_per_step(training.data) // _micro_batches(training),
-    )
     identity = identity_of(config, training, streams, initial)
     check_directory(Path(directory), identity, resume, force)
     return identity
