@@ -97,6 +97,15 @@ def test_a_pipelines_stages_run_the_kernel_and_send_activations_alone():
     assert summed <= {(16, T, D), (19, T, D), (4096, D), (4096,)}
 
 
+@pytest.mark.parametrize(
+    ("target", "mesh"), [("v5p:4x4x4", "stage=2,fsdp=32"), ("v5e:4x4", "fsdp=2,tensor=8")]
+)
+def test_sizes_that_no_axes_of_the_torus_make(target, mesh):
+    """32 of 4x4x4: an axis is cut."""
+    layout = Layout.on(MeshConfig.parse(mesh), LARGE, target_devices(target))
+    assert sorted(device.id for device in layout.mesh.devices.flat) == [*range(layout.mesh.size)]
+
+
 def test_whole_sequences_have_no_square_of_scores():
     """1,024 is no other size of this model; neither forward nor backward."""
     layout = layout_of("fsdp=4,tensor=4")
