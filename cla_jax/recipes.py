@@ -134,7 +134,7 @@ def recipe(
 
 
 def chunked(execution: ExecutionConfig, tokens: int) -> ExecutionConfig:
-    """The same, with the largest loss chunk that divides a batch of so many tokens."""
+    """The same, with the largest loss chunk that divides a device's so many tokens."""
     chunk = math.gcd(execution.loss_chunk, tokens) if execution.loss_chunk else 0
     return dataclasses.replace(execution, loss_chunk=chunk)
 

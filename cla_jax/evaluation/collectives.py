@@ -1,7 +1,8 @@
 """What a compiled program sends between devices, read from its HLO text, by mesh axis.
 
 A collective in a loop counts as often as the loop runs; one that XLA has cut into asynchronous
-parts, which share a channel, counts once.
+parts, which share a channel, counts once; an all-reduce that XLA for TPUs has fused with the slice
+that a device keeps of it is a reduce-scatter.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ __all__ = ["Collective", "bytes_by_axis", "collectives", "read_groups"]
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
           "ragged-all-to-all", "collective-broadcast")  # fmt: skip
+_FUSED = "all-reduce-scatter"
 _COMPUTATION = re.compile(r"^(?:(ENTRY) )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([\w\-]+)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -76,6 +78,9 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
         mesh: devices along each axis, in the mesh's order.
     """
     programs, entry = _parse(hlo)
+    scattered = {
+        one.name for name, program in programs.items() if name.startswith(_FUSED) for one in program
+    }
     found = dict[Any, Collective]()
     for number, (one, times) in enumerate(_walk(programs, entry, 1)):
         kind = one.operation.removesuffix("-start")
@@ -84,9 +89,12 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
         axes, group = _axes(one.rest, mesh)
         if group < 2:
             continue
-        collective = Collective(kind, axes, group, _bytes(one, kind, group), times)
-        channel = re.search(r"channel_id=(\d+)", one.rest)
-        key = channel[1] if channel else f"no channel {number}"
+        size = _bytes(one, kind, group)
+        kind = "reduce-scatter" if one.name in scattered else kind
+        collective = Collective(kind, axes, group, size, times)
+        channel, groups = re.search(r"channel_id=(\d+)", one.rest), _GROUPS.search(one.rest)
+        # A permutation and its transpose, in the backward pass, share one too: not the groups.
+        key = (channel[1], groups and groups["groups"]) if channel else number
         # Its parts may lie in a loop that hides it: it is begun as often as the one outside.
         if key not in found or collective.times < found[key].times:
             found[key] = collective
@@ -106,7 +114,8 @@ def read_groups(text: str, devices: int) -> list[tuple[int, ...]]:
     """Groups of devices, or pairs of a permutation, in each of the ways that XLA writes them.
 
     `{{0,2},{1,3}}`; `[2,4]<=[8]` and `[2,2]<=[2,2]T(1,0)` (an iota, reshaped and transposed);
-    `mesh['stage'=2,'data'=4] {'stage'}` (the devices that differ in these axes alone); `{}`: all.
+    `mesh['stage'=2,'data'=4] {'stage'}` (the devices that differ in these axes alone, of which
+    `'data':(2)2` is the factor 2 behind the outermost 2); `{}`: all.
 
     Args:
         text: the value of `replica_groups` or `source_target_pairs`.
@@ -128,18 +137,32 @@ def read_groups(text: str, devices: int) -> list[tuple[int, ...]]:
         return [tuple(group) for group in groups.tolist()]
     mesh = re.fullmatch(r"mesh\[(.*?)\] \{(.*)\}", text)
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1] if mesh else "")}
-    if (
-        mesh is None
-        or ":" in mesh[2]
-        or "device_ids" in text
-        or math.prod(sizes.values()) != devices
-    ):
+    if mesh is None or "device_ids" in text or math.prod(sizes.values()) != devices:
         raise ValueError(f"groups of {devices} devices written as {text!r}")
-    named = re.findall(r"'([^']+)'", mesh[2])
-    ids = np.arange(devices).reshape([*sizes.values()])
-    moved = np.moveaxis(ids, [[*sizes].index(axis) for axis in named], range(-len(named), 0))
-    groups = moved.reshape(-1, math.prod(sizes[axis] for axis in named))
+    # An axis from the product of its factors further out to that with its own, as a range.
+    named = [
+        (axis, int(out or 1), int(out or 1) * int(size or sizes[axis]))
+        for axis, out, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2])
+    ]
+    factors = [
+        (axis, *cut)
+        for axis, n in sizes.items()
+        for cut in itertools.pairwise(sorted({1, n, *_ends(named, axis)}))
+    ]
+    ids = np.arange(devices).reshape([stop // start for _, start, stop in factors])
+    differ = [
+        position
+        for axis, first, last in named
+        for position, (of, start, stop) in enumerate(factors)
+        if of == axis and first <= start and stop <= last
+    ]
+    moved = np.moveaxis(ids, differ, range(-len(differ), 0))
+    groups = moved.reshape(-1, math.prod(ids.shape[position] for position in differ))
     return [tuple(group) for group in groups.tolist()]
+
+
+def _ends(named: Sequence[tuple[str, int, int]], axis: str) -> set[int]:
+    return {end for of, start, stop in named if of == axis for end in (start, stop)}
 
 
 def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -141,12 +141,11 @@ def plan_mesh(
 
 
 def _training(layout: Layout, batch: int, context: int, work: MeshWork) -> TrainConfig:
-    chunk = _LOSS_CHUNK * layout.mesh_config.batch_shards
-    execution = ExecutionConfig(remat=work.remat, unroll=work.unroll, loss_chunk=chunk)
+    execution = ExecutionConfig(remat=work.remat, unroll=work.unroll, loss_chunk=_LOSS_CHUNK)
     return TrainConfig(
         steps=1000,
         data=DataConfig(sequence_length=context, batch_size=batch),
-        execution=chunked(execution, batch * context),
+        execution=chunked(execution, batch * context // layout.shards("batch_loss")),
     )
 
 

@@ -8,9 +8,9 @@ Parameter axes: `vocab`, `embed` (D), `norm` (D of a norm), `heads` (N), `kv_hea
 (H), `mlp` (F), `layers` (the stacked axis of a segment), `layers_outside` (of one beside a
 pipeline's body), `pair` (gate/up or key/value).
 Activation axes: `batch` (B), `batch_outside` (B where a layer runs beside a pipeline's stages),
-`batch_loss` (tokens of a chunk of the loss), `length` (T or S), `model` (D), `heads`, `kv_heads`,
-`head_dim`, `mlp`, `vocab`. Axes of a cache: `cache_batch`, `cache_heads`, where the query heads of
-what attends to it lie too.
+`batch_loss` (devices' parts of the loss's tokens), `length` (T or S), `model` (D), `heads`,
+`kv_heads`, `head_dim`, `mlp`, `vocab`. Axes of a cache: `cache_batch`, `cache_heads`, where the
+query heads of what attends to it lie too.
 """
 
 import contextlib

@@ -46,6 +46,10 @@ class Layout:
         resolved = resolve_mesh(mesh, devices)
         return cls(make_mesh(resolved, devices), Rules.of(model, resolved), resolved)
 
+    def shards(self, axis: str) -> int:
+        """Parts that a logical axis is split into."""
+        return math.prod(self.mesh_config.sizes[name] for name in getattr(self.rules, axis))
+
     @property
     def replicated(self) -> NamedSharding:
         """A copy on every device."""
@@ -113,8 +117,9 @@ def check_mesh(
         devices: of the mesh; default all that there are.
 
     Raises:
-        ValueError: sizes that do not fit devices, model or (micro-)batch, microbatches of a
-            pipeline that do not divide it or that no stage is there for; names those that do.
+        ValueError: sizes that do not fit devices, model or (micro-)batch, a chunk of the loss that
+            does not divide a device's tokens, microbatches of a pipeline that do not divide the
+            batch or that no stage is there for; names those that do.
     """
     mesh = resolve_mesh(training.mesh, devices)
     layout = make_layout(mesh, model, devices)
@@ -127,21 +132,14 @@ def check_mesh(
             f"{field}={rows}; the nearest that works is {max(round(rows / shards), 1) * shards}"
         )
     check_pipeline(model, training.execution, mesh, rows)
-    if layout is None:
-        return
-    over = layout.rules.batch_loss
-    parts = math.prod(mesh.sizes[axis] for axis in over)
-    whole, chunk = rows * training.data.sequence_length, training.execution.loss_chunk
-    if (tokens := min(chunk or whole, whole)) % parts:
-        what, number, unit = (
-            (f"loss_chunk={chunk} (tokens over all devices)", tokens, "")
-            if tokens == chunk
-            else (f"the {whole} tokens of {rows} rows", rows, " rows")
-        )
+    parts = 1 if layout is None else layout.shards("batch_loss")
+    if layout is not None and (tokens := rows * training.data.sequence_length) % parts:
         raise ValueError(
-            f"mesh {mesh} splits the loss by {parts} ({', '.join(over)}), which does not divide "
-            f"{what}; the nearest that works is {max(round(number / parts), 1) * parts}{unit}"
+            f"mesh {mesh} splits the loss by {parts} ({', '.join(layout.rules.batch_loss)}), which "
+            f"does not divide the {tokens} tokens of {rows} rows; the nearest that works is "
+            f"{max(round(rows / parts), 1) * parts} rows"
         )
+    training.execution.loss_chunk_of(rows * training.data.sequence_length // parts)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from cla_jax._mesh import MESH_AXES, MeshConfig
@@ -43,7 +44,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     found = jax.devices() if devices is None else list(devices)
     resolved = resolve_mesh(config, found)
-    shape = tuple(resolved.sizes[axis] for axis in _ORDER)
-    return jax.make_mesh(
-        shape, _ORDER, axis_types=(AxisType.Auto,) * len(shape), devices=found[: resolved.devices]
-    )
+    shape, taken = tuple(resolved.sizes[axis] for axis in _ORDER), found[: resolved.devices]
+    types = (AxisType.Auto,) * len(shape)
+    try:
+        return jax.make_mesh(shape, _ORDER, axis_types=types, devices=taken)
+    except NotImplementedError:
+        # No axes of a TPU's torus make these sizes: its axes are cut, which has slower rings.
+        cut = create_device_mesh(shape, taken, allow_split_physical_axes=True)
+        return Mesh(cut, _ORDER, axis_types=types)

@@ -34,7 +34,7 @@ class Rules:
         norm: a norm's scale and bias.
         batch: rows of activations.
         batch_outside: rows where a layer runs beside a pipeline's stages.
-        batch_loss: tokens of a chunk of the loss.
+        batch_loss: tokens of the loss, of which every device makes chunks of its own.
         length: tokens of a row.
         model: `D` of activations.
         cache_batch: rows of a cache, and of what attends to it.

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from cla_jax.configs import nearest_divisor
 from cla_jax.models import Decoder
 from cla_jax.models.sharding import constrain, rows_laid_out_as, shards
 
@@ -25,7 +24,7 @@ def token_losses(
         documents: the document of each token, to mask attention by.
 
     Returns:
-        float32 `[B, T]`. At most `execution.loss_chunk` tokens' logits exist at a time.
+        float32 `[B, T]`. At most `execution.loss_chunk` tokens' logits exist on a device at a time.
     """
     hidden, targets = _hidden_and_targets(model, tokens, documents)
 
@@ -33,14 +32,11 @@ def token_losses(
         with jax.numpy_dtype_promotion("standard"):
             return optax.softmax_cross_entropy_with_integer_labels(model.unembed(hidden), targets)
 
-    chunk = _chunk(model, targets.size)
-    if chunk == targets.size:
-        return losses(hidden, targets)
-    # Rows of one token each: as such they are split.
-    rows = (_in_chunks(chunk, hidden)[:, :, None], _in_chunks(chunk, targets)[:, :, None])
+    # To `unembed` a chunk is a row for each device.
+    rows = tuple(_in_chunks(model, x) for x in (hidden, targets))
     with rows_laid_out_as("batch_loss"):
-        chunked = jax.lax.map(lambda xy: losses(*xy), rows)
-    return _out_of_chunks(chunked[:, :, 0], targets.shape)
+        chunks = jax.lax.map(lambda xy: losses(*xy), rows)
+    return chunks.swapaxes(0, 1).reshape(targets.shape)
 
 
 def weighted_loss(
@@ -52,9 +48,9 @@ def weighted_loss(
     """The sum of the next tokens' cross-entropies times `weights`; for training.
 
     Where a gradient is asked for, the forward pass makes it chunk by chunk (`execution.loss_chunk`
-    tokens), while a chunk's logits are there: none are kept and none are made twice. The logits'
-    gradient is rounded to the compute dtype before the two matrix products of the backward pass,
-    which accumulate in float32.
+    tokens of each device), while a chunk's logits are there: none are kept and none are made twice.
+    The logits' gradient is rounded to the compute dtype before the two matrix products of the
+    backward pass, which accumulate in float32.
 
     Args:
         model: with its parameters.
@@ -63,23 +59,8 @@ def weighted_loss(
         documents: as in `token_losses`.
     """
     hidden, targets = _hidden_and_targets(model, tokens, documents)
-    chunk = _chunk(model, targets.size)
-    rows = (_in_chunks(chunk, x) for x in (hidden, targets, weights))
+    rows = (_in_chunks(model, x) for x in (hidden, targets, weights))
     return _loss(next(rows), model.unembedding(), *rows)
-
-
-def check_loss_chunk(chunk: int, tokens: int) -> None:
-    """Whether a batch's tokens are a whole number of chunks (or fewer than one).
-
-    Raises:
-        ValueError: names the nearest chunk that divides.
-    """
-    if chunk and chunk < tokens and tokens % chunk:
-        nearest = nearest_divisor(tokens, chunk)
-        raise ValueError(
-            f"loss_chunk={chunk} does not divide the batch's {tokens} tokens; the nearest that "
-            f"does is {nearest}"
-        )
 
 
 def _hidden_and_targets(
@@ -89,37 +70,28 @@ def _hidden_and_targets(
     return hidden, tokens[:, 1:]
 
 
-def _chunk(model: Decoder, tokens: int) -> int:
-    chunk = model.execution.loss_chunk
-    check_loss_chunk(chunk, tokens)
-    taken, parts = min(chunk or tokens, tokens), shards("batch_loss")
-    if taken % parts:
-        raise ValueError(
-            f"the mesh splits the loss by {parts}, which does not divide {taken} tokens"
-        )
-    return taken
-
-
 @jax.custom_vjp
 def _loss(
-    hidden: Float[Array, "chunks tokens D"],
+    hidden: Float[Array, "chunks devices tokens D"],
     kernel: Float[Array, "D V"],
-    targets: Int[Array, "chunks tokens"],
-    weights: Float[Array, "chunks tokens"],
+    targets: Int[Array, "chunks devices tokens"],
+    weights: Float[Array, "chunks devices tokens"],
 ) -> Float[Array, ""]:
     def add(total: jax.Array, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden, targets, weights = rows
         losses, _ = _losses(hidden, kernel, targets)
-        return total + (losses * weights).sum(), None
+        return total + (losses * weights).sum(axis=1), None
 
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
+    zeros = _of_devices(jnp.zeros(hidden.shape[1], jnp.float32))
+    return jax.lax.scan(add, zeros, (hidden, targets, weights))[0].sum()
 
 
 def _loss_forward(
     hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, _Residuals]:
-    # On a mesh: gathered over `fsdp` here, once, and not again for every chunk.
-    low = constrain(kernel.astype(hidden.dtype), None, "vocab")
+    # On a mesh: rounded where it lies and gathered over `fsdp` here, not again for every chunk.
+    low = constrain(kernel.astype(hidden.dtype), "embed", "vocab")
+    low = constrain(low, None, "vocab")
 
     def add(
         carry: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]
@@ -127,18 +99,26 @@ def _loss_forward(
         total, kernel_gradient = carry
         hidden, targets, weights = rows
         losses, probabilities = _losses(hidden, low, targets)
-        wanted = jnp.arange(kernel.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
-        gradient = (probabilities - wanted.astype(jnp.float32)) * weights[:, None]
+        vocabulary = jnp.arange(kernel.shape[1], dtype=targets.dtype)[None, None, :]
+        wanted = (vocabulary == targets[..., None]).astype(jnp.float32)
+        gradient = (probabilities - wanted) * weights[..., None]
         gradient = gradient.astype(hidden.dtype)
         kernel_gradient += jnp.einsum(
-            "TD,TV->DV", hidden, gradient, preferred_element_type=jnp.float32
+            "PTD,PTV->PDV", hidden, gradient, preferred_element_type=jnp.float32
         )
-        hidden_gradient = jnp.einsum("TV,DV->TD", gradient, low)
-        return (total + (losses * weights).sum(), kernel_gradient), hidden_gradient
+        hidden_gradient = jnp.einsum("PTV,DV->PTD", gradient, low)
+        total += (losses * weights).sum(axis=1)
+        return (total, _of_devices(kernel_gradient, None, "vocab")), hidden_gradient
 
-    zeros = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))
+    # Each device sums over its own tokens; the sums meet once, behind the last chunk.
+    devices = hidden.shape[1]
+    zeros = (
+        _of_devices(jnp.zeros(devices, jnp.float32)),
+        _of_devices(jnp.zeros((devices, *kernel.shape), jnp.float32), None, "vocab"),
+    )
     (total, kernel_gradient), hidden_gradient = jax.lax.scan(add, zeros, (hidden, targets, weights))
-    return total, (hidden_gradient, kernel_gradient, weights)
+    kernel_gradient = constrain(kernel_gradient.sum(axis=0), "embed", "vocab")
+    return total.sum(), (hidden_gradient, kernel_gradient, weights)
 
 
 def _loss_backward(
@@ -154,32 +134,27 @@ _loss.defvjp(_loss_forward, _loss_backward)
 def _losses(
     hidden: jax.Array, kernel: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Losses `[tokens]` and probabilities `[tokens, V]` of one chunk, float32."""
+    """Losses `[devices, tokens]` and probabilities `[devices, tokens, V]` of a chunk, float32."""
     logits = jnp.einsum(
-        "TD,DV->TV", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
+        "PTD,DV->PTV", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
     normalizer = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return normalizer - target, jnp.exp(logits - normalizer[:, None])
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return normalizer - target, jnp.exp(logits - normalizer[..., None])
 
 
-def _in_chunks(chunk: int, x: jax.Array) -> jax.Array:
-    """`[B, T, ...]` as `[chunks, chunk, ...]`; on a mesh every device has its share of each."""
-    parts = shards("batch_loss")
-    if parts == 1:
-        return x.reshape(-1, chunk, *x.shape[2:])
-    dealt = x.reshape(parts, -1, chunk // parts, *x.shape[2:]).swapaxes(0, 1)
-    return _split(dealt.reshape(-1, chunk, *x.shape[2:]))
+def _in_chunks(model: Decoder, x: jax.Array) -> jax.Array:
+    """`[B, T, ...]` as `[chunks, devices, tokens, ...]`: a device's tokens are of its own rows."""
+    tokens, devices = x.shape[0] * x.shape[1], shards("batch_loss")
+    if tokens % devices:
+        raise ValueError(
+            f"the mesh splits the loss by {devices}, which does not divide {tokens} tokens"
+        )
+    chunk = model.execution.loss_chunk_of(tokens // devices)
+    dealt = x.reshape(devices, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+    return constrain(dealt, None, "batch_loss", *[None] * (dealt.ndim - 2))
 
 
-def _out_of_chunks(chunked: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `_in_chunks`, for `[chunks, chunk]`."""
-    parts = shards("batch_loss")
-    if parts == 1:
-        return chunked.reshape(shape)
-    chunks, chunk = _split(chunked).shape
-    return chunked.reshape(chunks, parts, chunk // parts).swapaxes(0, 1).reshape(shape)
-
-
-def _split(chunked: jax.Array) -> jax.Array:
-    return constrain(chunked, None, "batch_loss", *[None] * (chunked.ndim - 2))
+def _of_devices(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Split by devices along the first axis, and along the others as named."""
+    return constrain(x, "batch_loss", *axes)

@@ -31,7 +31,6 @@ from cla_jax.training.checkpoints import Checkpoints
 from cla_jax.training.hardware import peak_flops
 from cla_jax.training.initial import InitialParams
 from cla_jax.training.interruption import Interrupted, StopRequest
-from cla_jax.training.loss import check_loss_chunk
 from cla_jax.training.metrics import MetricLog, TrainingProgress, read_metrics
 from cla_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from cla_jax.training.run_directory import (
@@ -109,9 +108,9 @@ def train(
 
     Raises:
         ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
-            the model's, a stream shorter than one batch, a `loss_chunk` that does not divide the
-            batch, initial parameters of another model, a mesh that does not fit devices, model or
-            batch, a directory that holds a run (of another
+            the model's, a stream shorter than one batch, a `loss_chunk` that does not divide a
+            device's tokens, initial parameters of another model, a mesh that does not fit devices,
+            model or batch, a directory that holds a run (of another
             configuration or other initial parameters, or without `resume`). All of them before
             anything is written.
         FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
@@ -240,10 +239,6 @@ def check_run(
     """
     _check_streams(config, training.data, streams)
     check_mesh(config, training)
-    check_loss_chunk(
-        training.execution.loss_chunk,
-        _tokens_per_step(training.data) // _micro_batches(training),
-    )
     identity = identity_of(config, training, streams, initial)
     check_directory(Path(directory), identity, resume, force)
     return identity

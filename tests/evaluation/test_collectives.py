@@ -52,7 +52,9 @@ ENTRY %main (a: f32[64]) -> f32[64] {{
         ("replica_groups={}", ("data", "fsdp", "tensor")),
         ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}", ("fsdp",)),
         ("replica_groups=mesh['axis_0'=8] {'axis_0'}", ("data", "fsdp", "tensor")),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", None),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", ("fsdp",)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", ("data", "tensor")),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'b'}", None),
     ],
 )  # fmt: skip
 def test_groups_in_every_syntax_and_loops(groups, axes):
@@ -63,11 +65,28 @@ def test_groups_in_every_syntax_and_loops(groups, axes):
         assert found.sent == 5 * 256 * 2 * (group - 1) // group
 
 
+def test_an_all_reduce_that_is_fused_with_its_slice_is_a_reduce_scatter():
+    hlo = PROGRAM.format(operation="all-reduce", groups="replica_groups=[2,4]<=[8]")
+    (found,) = collectives(hlo.replace("%body", "%all-reduce-scatter.3"), MESH)
+    assert (found.kind, found.bytes, found.sent) == ("reduce-scatter", 256, 5 * 256 * 3 // 4)
+
+
 def test_permutations_across_axes():
     hlo = PROGRAM.format(operation="collective-permute",
                          groups="source_target_pairs={{0,4},{4,0}}")  # fmt: skip
     (found,) = collectives(hlo, MESH)
     assert (found.axes, found.sent) == (("data",), 5 * 256)
+
+
+def test_what_shares_a_channel_is_one_where_the_groups_are_alike():
+    """Asynchronous parts of one collective; not a permutation and its transpose."""
+    line = (
+        "  %{name} = f32[64]{{0}} collective-permute(%x), channel_id=1, source_target_pairs={pairs}"
+    )
+    pairs = ("{{0,4}}", "{{0,4}}", "{{4,0}}")
+    lines = [line.format(name=f"p.{i}", pairs=pair) for i, pair in enumerate(pairs)]
+    hlo = "\n".join(["ENTRY %main (x: f32[64]) -> f32[64] {", *lines, "}"])
+    assert bytes_by_axis(collectives(hlo, MESH)) == {"data": 2 * 256}
 
 
 def test_traffic_of_a_program_that_is_known():

@@ -103,7 +103,7 @@ def test_models_that_do_not_divide(mesh, pattern, parts):
     ("batch", "micro", "chunk", "part"),
     [(6, 0, 0, "batch_size=6; the nearest that works is 8"),
      (16, 2, 0, "micro_batch_size=2; the nearest that works is 4"),
-     (8, 0, 6, "loss_chunk=6 (tokens over all devices); the nearest that works is 8")],
+     (8, 0, 6, "loss_chunk=6 does not divide a device's 32 tokens; the nearest that does is 4")],
 )  # fmt: skip
 def test_batches_that_do_not_divide(batch, micro, chunk, part):
     training = TrainConfig(

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from cla_jax.configs import OptimizerConfig
+from cla_jax.evaluation.collectives import bytes_by_axis, collectives
 from cla_jax.parallel import in_force
 from cla_jax.training import init_state, make_train_step
 from cla_jax.training.loss import weighted_loss
@@ -31,9 +32,9 @@ ALL = [
 ]
 
 
-def loss_and_gradients(pattern, mesh):
-    """With chunks of the loss, of which every device has its share."""
-    model, layout = model_of(pattern, loss_chunk=64), layout_of(pattern, mesh)
+def traced(pattern, mesh, loss_chunk=8):
+    """The loss and its gradients, in at least two chunks on each device, and their arguments."""
+    model, layout = model_of(pattern, loss_chunk), layout_of(pattern, mesh)
     batch = {"tokens": TOKENS, "weights": MASK / MASK.sum()}
     params = model.init(0)
     if layout is not None:
@@ -46,7 +47,12 @@ def loss_and_gradients(pattern, mesh):
         )(params)
 
     with in_force(layout):
-        return jax.tree.map(np.asarray, run(params, batch))
+        return run.trace(params, batch), (params, batch)
+
+
+def loss_and_gradients(pattern, mesh):
+    program, arguments = traced(pattern, mesh)
+    return jax.tree.map(np.asarray, program.lower().compile()(*arguments))
 
 
 @functools.cache
@@ -67,9 +73,24 @@ def test_loss_and_gradients_are_those_of_one_device(pattern, mesh):
     assert_close(loss_and_gradients(pattern, mesh), alone(pattern))
 
 
+@pytest.mark.parametrize(
+    "mesh", ["data=2,fsdp=2,tensor=2", pytest.param("fsdp=4", marks=pytest.mark.slow)]
+)
+def test_a_chunk_of_the_loss_adds_nothing_that_is_sent_over_the_batch(mesh):
+    """Devices sum the head's gradient over their own chunks and meet once."""
+    sent, layout = [], layout_of("MQA", mesh)
+    assert layout is not None
+    for chunk in (2, 0):
+        program = traced("MQA", mesh, chunk)[0].lower().compile()
+        by_axis = bytes_by_axis(collectives(program.as_text() or "", layout.mesh.shape))
+        sent.append({axis: size for axis, size in by_axis.items() if "tensor" not in axis})
+    assert sent[0] == sent[1]
+    assert sum(sent[0].values()) > 0
+
+
 def test_updates_and_evaluation_are_those_of_one_device():
     """Two micro-batches, twice; what is donated keeps its place, so nothing compiles again."""
-    model, results = model_of("MQA", loss_chunk=32), []
+    model, results = model_of("MQA", loss_chunk=8), []
     for mesh in ("none", "data=2,fsdp=2"):
         layout = layout_of("MQA", mesh)
         batch = {"tokens": TOKENS, "mask": MASK}
@@ -120,7 +141,7 @@ def test_a_state_is_made_where_it_lies_and_is_the_same(mesh, most):
 
 
 def test_without_a_mesh_nothing_is_laid_out():
-    model = model_of("MQA", loss_chunk=32)
+    model = model_of("MQA", loss_chunk=8)
     state = jax.eval_shape(lambda: init_state(model, OPTIMIZER, 0))
     text = make_train_step(model, OPTIMIZER).lower(state, {"tokens": TOKENS}).as_text()
     assert "sharding" not in text
