@@ -194,13 +194,13 @@ def recipe(options: Benchmark, mesh: MeshConfig, rows: int, microbatches: int = 
     execution = ExecutionConfig(
         remat=options.remat,
         unroll=options.unroll,
-        loss_chunk=options.loss_chunk * mesh.devices,
+        loss_chunk=options.loss_chunk,
         pipeline_microbatches=microbatches,
     )
     return TrainConfig(
         steps=1000,
         data=DataConfig(sequence_length=options.sequence_length, batch_size=rows),
-        execution=chunked(execution, rows * options.sequence_length),
+        execution=chunked(execution, max(rows * options.sequence_length // mesh.devices, 1)),
         mesh=mesh,
     )
 

@@ -92,9 +92,10 @@ def partial_attention(
         tuning: how the work is cut.
 
     Returns:
-        Results `[B * K, written, C]` of what is done alone, `C` the head dim in whole tiles; and float32: sums of values `[B * K + units, R, C]`, `R` the rows in whole tiles, and
-        their largest score (times log2 e) and sum of weights, `[B * K + units, 2, R]`. What nobody
-        has found is not written.
+        Results `[B * K, written, C]` of what is done alone, `C` the head dim in whole tiles; and
+        float32: sums of values `[B * K + units, R, C]`, `R` the rows in whole tiles, and their
+        largest score (times log2 e) and sum of weights, `[B * K + units, 2, R]`. What nobody has
+        found is not written.
     """
     B, K, given, H = q.shape
     rows = tile_rows(given)
@@ -115,7 +116,7 @@ def partial_attention(
         len_ref, start_ref, unit_ref, each_ref, layer_ref = refs[:5]
         out_ref, sums_ref, statistics_ref = refs[5:8]
         q_full, q_empty, full, empty, q_s, kv_s, p_s, merging, *spare = refs[8:]
-        scale_s = spare[tiles_spare] if eight_bit else None
+        scale_s: Any = spare[tiles_spare] if eight_bit else None
         unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
         if tuning.on_device:
             plgpu.griddepcontrol_wait()
