@@ -22,6 +22,7 @@ from cla_kernels import CUDNN_MOST_ROWS, EIGHT_BIT, decode_workspace_bytes
 from cla_jax._choices import check_choice
 from cla_jax.configs import ModelConfig
 from cla_jax.inference.sizes import format_size
+from cla_jax.models.feedforward import padded_width
 
 __all__ = [
     "MemoryPlan",
@@ -120,7 +121,21 @@ class StepReads(NamedTuple):
 
 
 def weight_bytes(config: ModelConfig, settings: MemorySettings = _DEFAULT) -> int:
-    """Bytes of the weights as decoding holds them: in the compute dtype, norms in float32."""
+    """Bytes of the weights as decoding holds them: in the compute dtype, norms in float32.
+
+    The FFN's width is padded to whole tiles (`cla_jax.models.UnstackedDecoder`).
+    """
+    return _parameter_bytes(config, settings) + _padding_bytes(config, settings)
+
+
+def _padding_bytes(config: ModelConfig, settings: MemorySettings) -> int:
+    fan = 2 if config.swiglu else 1
+    column = (fan + 1) * config.d_model + (fan if config.use_bias else 0)
+    more = padded_width(config.ffn_dim) - config.ffn_dim
+    return config.num_layers * more * column * settings.compute_element
+
+
+def _parameter_bytes(config: ModelConfig, settings: MemorySettings) -> int:
     per_norm = config.d_model * (1 if config.rms_norm else 2)
     norms = 2 * config.num_layers + 1 + (config.kv_layers if config.separate_kv_norm else 0)
     in_norms = norms * per_norm
@@ -227,7 +242,7 @@ def step_reads(
 ) -> StepReads:
     """What one decode step of `batch` sequences reads when each sees `context` keys."""
     _check_positive(batch=batch, context=context)
-    weights = weight_bytes(config, settings)
+    weights = _parameter_bytes(config, settings)
     if not config.tied_embeddings:
         weights -= config.vocab_size * config.d_model * settings.compute_element
     weights += batch * config.d_model * settings.compute_element

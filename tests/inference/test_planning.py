@@ -190,7 +190,7 @@ def test_the_check_names_the_knobs():
         assert part in message, part
     planning.check_fits(config, batch, 8192, cache_dtype="float32", memory_bytes=memory)
     with pytest.raises(
-        ValueError, match=r"0 sequences fit into 2.00 GB: the weights alone .* 2.10"
+        ValueError, match=r"0 sequences fit into 2.00 GB: the weights alone .* 2.11"
     ):
         planning.check_fits(config, 1, 1, memory_bytes=2 * GB)
     with pytest.raises(ValueError, match=r"smaller batch, .*, cache dtype int8 .about half"):
@@ -208,7 +208,8 @@ def test_readers_read_their_owners_kv_again():
     reads = planning.step_reads(config, 64, 8192)
     assert reads.kv == 2 * planning.cache_bytes(config, 64, 8192) == 5_368_709_120
     looked_up = (config.vocab_size - 64) * config.d_model * 2
-    assert reads.weights == planning.weight_bytes(config) - looked_up
+    padding = 20 * 3 * 2048 * (5504 - 5472) * 2  # of the feed-forward layers: need not be read
+    assert reads.weights == planning.weight_bytes(config) - looked_up - padding
     assert reads.seconds(4_470 * GB) == pytest.approx(1.626e-3, rel=1e-3)
     # A tied embedding is the output projection: read whole, and looked up.
     assert planning.step_reads(TIED, 3, 5).weights == planning.weight_bytes(TIED) + 3 * 16 * 2

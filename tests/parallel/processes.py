@@ -32,7 +32,9 @@ def started(
 
     Each has so many CPU devices; or (`gpus`) a GPU of its own, on which products are exact.
     """
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    found_there = os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), found_there)))
+    environment = os.environ | {"PYTHONPATH": path}
     if gpus:
         environment |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     else:

@@ -98,7 +98,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     (tmp_path / "my.txt").write_text(TEXT)
     more = ("--training.steps", "3")
     with started(1, tmp_path, *more, "--out", "one", gpus=True) as processes:
-        assert [code for code, _, _ in ended(processes)] == [0]
+        said = ended(processes)
+    assert [code for code, _, _ in said] == [0], said
     with started(
         2, tmp_path, *more, "--out", "two", "--mesh", "data=2", gpus=True
     ) as processes:  # fmt: skip
