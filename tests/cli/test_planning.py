@@ -30,7 +30,7 @@ def test_prints_where_the_memory_goes_and_what_fits(plan, tmp_path):
     config, memory = model("1B/H128-MQA-CLA2"), 141 * 10**9
     batch = planning.largest_batch(config, 8192, memory)
     context = planning.longest_context(config, 64, memory)
-    for part in ("weights 2.10 GB", "KV per token 5,120 B", "KV cache 2.68 GB 2,684,354,560 B",
+    for part in ("weights 2.11 GB", "KV per token 5,120 B", "KV cache 2.68 GB 2,684,354,560 B",
                  "fits", f"largest batch {batch:,} at context 8,192",
                  f"longest context {context:,} at batch 64; trained on 2,048",
                  "decode floor 1.626 ms", "1.90 GB of weights and 5.37 GB of K/V",
@@ -68,7 +68,7 @@ def test_says_when_the_batch_does_not_fit(plan):
     ("arguments", "message"),
     [
         (["--model", "1B/H128-MQX", "--memory", "1GB"], "unknown model.*1B/H128-MQA"),
-        (["--model", "1B/H128-MQA", "--memory", "2GB"], "0 sequences fit into 2.00 GB.*2.11 GB"),
+        (["--model", "1B/H128-MQA", "--memory", "2GB"], "0 sequences fit into 2.00 GB.*2.12 GB"),
         (["--model", "1B/H128-MQA", "--memory", "lots"], "'lots' is no size"),
         (["--model", "1B/H128-MQA", "--memory", "9GB", "--batch", "0"], "batch=0"),
         (["--model", "1B/H128-MQA", "--memory", "9GB", "--context", "0"], "context=0"),
