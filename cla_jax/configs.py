@@ -426,3 +426,14 @@ class TrainConfig:
                              ("log_every", 1)):  # fmt: skip
             if getattr(self, field) < least:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least {least}")
+        batch, micro = self.data.batch_size, self.micro_batch_size
+        if micro and batch % micro:
+            raise ValueError(
+                f"micro_batch_size={micro} does not divide batch_size={batch}; the nearest that "
+                f"does is {nearest_divisor(batch, micro)}"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of a step, each of `micro_batch_size` sequences."""
+        return self.data.batch_size // (self.micro_batch_size or self.data.batch_size)

@@ -135,7 +135,8 @@ def recipe(
 
 def chunked(execution: ExecutionConfig, tokens: int) -> ExecutionConfig:
     """The same, with the largest loss chunk that divides a device's so many tokens."""
-    chunk = math.gcd(execution.loss_chunk, tokens) if execution.loss_chunk else 0
+    most = min(execution.loss_chunk, tokens)
+    chunk = next((size for size in range(most, 0, -1) if tokens % size == 0), 0)
     return dataclasses.replace(execution, loss_chunk=chunk)
 
 

@@ -168,6 +168,10 @@ def test_sizes_that_do_not_fit_are_refused(changes, words):
         (lambda: OptimizerConfig(learning_rate=float("nan")), "learning_rate=nan"),
         (lambda: OptimizerConfig(warmup_fraction=1.5), "warmup_fraction=1.5"),
         (lambda: TrainConfig(steps=0), "steps=0"),
+        (
+            lambda: TrainConfig(1, 3, data=DataConfig(8, 4)),
+            "micro_batch_size=3 does not divide batch_size=4; the nearest that does is [24]",
+        ),
         (lambda: TrainConfig(steps=1, keep_checkpoints=0), "keep_checkpoints=0"),
     ],
 )

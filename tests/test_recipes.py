@@ -67,6 +67,12 @@ def test_mlkv_is_the_same_at_both_papers_scales_and_packs_nothing_at_tiny():
     assert mlkv().checkpoint_every < 2500
 
 
+def test_a_chunk_is_the_largest_that_divides():
+    execution = dataclasses.replace(SCALES["mini"].execution, loss_chunk=4096)
+    for tokens, chunk in ((6000, 3000), (6144, 3072), (8192, 4096), (100, 100), (4099, 1)):
+        assert chunked(execution, tokens).loss_chunk == chunk
+
+
 def test_no_chunk_stays_none():
     assert chunked(SCALES["tiny"].execution, 100).loss_chunk == 0
 

@@ -105,7 +105,6 @@ def lower_train_step(
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
     data = training.data
-    micro = data.batch_size // (training.micro_batch_size or data.batch_size)
     state = _placed(
         jax.eval_shape(lambda: init_state(model, optimizer, 0)),
         state_shardings(model, optimizer, layout),
@@ -114,7 +113,7 @@ def lower_train_step(
     names = ["tokens", *(["documents"] if data.document_mask else [])]
     batch = {name: jax.ShapeDtypeStruct(window, jnp.int32, sharding=layout.of(("batch", "length")))
              for name in names}  # fmt: skip
-    step = make_train_step(model, optimizer, micro, layout)
+    step = make_train_step(model, optimizer, training.micro_batches, layout)
     with in_force(layout):
         return step.lower(state, batch)
 

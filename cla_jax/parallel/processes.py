@@ -240,7 +240,9 @@ def loss_of_a_process(error: BaseException) -> ProcessLostError | None:
     """What an error of JAX's runtime means, if it is that another process has gone."""
     if isinstance(error, ProcessLostError):
         return error
-    if jax.process_count() == 1 or not _LOST.search(str(error)):
+    # What we refuse ourselves may hold any word, in a path for example.
+    ours = isinstance(error, ValueError | FloatingPointError)
+    if jax.process_count() == 1 or ours or not _LOST.search(str(error)):
         return None
     return ProcessLostError(
         f"process {jax.process_index()} of {jax.process_count()}: another process has gone, and "
@@ -282,15 +284,22 @@ def _gather(text: str) -> list[str]:
 
 def _check_port(coordinator: str) -> None:
     port = int(coordinator.rpartition(":")[2])
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with _listening_socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
-        except OSError as error:
-            raise ValueError(
-                f"coordinator={coordinator}: process 0 cannot listen on port {port} of this "
-                f"machine ({error.strerror}); choose another port, for all processes"
-            ) from None
+    except OSError as error:
+        raise ValueError(
+            f"coordinator={coordinator}: process 0 cannot listen on port {port} of this "
+            f"machine ({error.strerror}); choose another port, for all processes"
+        ) from None
+
+
+def _listening_socket() -> socket.socket:
+    try:
+        return socket.socket(socket.AF_INET6)
+    except OSError:  # the kernel has no IPv6
+        return socket.socket(socket.AF_INET)
 
 
 def _why_alone(coordinator: str, process: int, processes: int, seconds: int) -> str:

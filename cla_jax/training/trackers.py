@@ -37,6 +37,17 @@ def open_trackers(names: Sequence[Tracker], directory: Path) -> list[OpenTracker
     Raises:
         ValueError: a tracker whose package is not installed.
     """
+    check_trackers(names)
+    openers = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
+    return [openers[name](directory) for name in names]
+
+
+def check_trackers(names: Sequence[Tracker]) -> None:
+    """Whether their packages are installed.
+
+    Raises:
+        ValueError: one is not.
+    """
     for name in names:
         try:
             importlib.import_module(_PACKAGES[name])
@@ -45,8 +56,6 @@ def open_trackers(names: Sequence[Tracker], directory: Path) -> list[OpenTracker
                 f"tracker {name!r} needs a package that is not installed: "
                 f"pip install {_PACKAGES[name]} (or train without it)"
             ) from None
-    openers = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
-    return [openers[name](directory) for name in names]
 
 
 class Listener:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from cla_jax.configs import DataConfig, ModelConfig, TrainConfig, nearest_divisor
+from cla_jax.configs import DataConfig, ModelConfig, TrainConfig
 from cla_jax.data.files import append_json, write_json
 from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches, training_rows
 from cla_jax.data.prepared import keep_tokenizer, tokenizer_record
@@ -50,7 +50,7 @@ from cla_jax.training.step import (
     make_train_step,
     state_shardings,
 )
-from cla_jax.training.trackers import Listener, open_trackers
+from cla_jax.training.trackers import Listener, check_trackers, open_trackers
 
 _LARGEST_LOSS = 700.0  # nats: whose exponential is still a float
 
@@ -125,8 +125,10 @@ def train(
             config, training, streams, directory, initial=initial, resume=resume, force=force
         )
     )
-    check_same("model, recipe, data or mesh", [identity, str(training.mesh)])
-    micro_batches = _micro_batches(training)
+    whole = dataclasses.asdict(dataclasses.replace(training, trackers=()))
+    check_same(
+        "model, recipe, data, mesh or version of JAX", [identity, whole, resume, force, versions()]
+    )
     trackers = open_trackers(training.trackers if first else (), directory)
     if on_record is not None and first:
         trackers.append(Listener(on_record))
@@ -204,7 +206,7 @@ def train(
             if initial is not None and loop.validated() is None:
                 loop.validate(state)
             if start < training.steps:
-                train_step = make_train_step(model, optimizer, micro_batches, layout)
+                train_step = make_train_step(model, optimizer, training.micro_batches, layout)
                 state = loop.run(state, iterator, train_step)
                 checkpoints.save(state, iterator.get_state())
             if loop.validated() != training.steps:
@@ -239,6 +241,7 @@ def check_run(
     """
     _check_streams(config, training.data, streams)
     check_mesh(config, training)
+    check_trackers(training.trackers if is_first() else ())
     identity = identity_of(config, training, streams, initial)
     check_directory(Path(directory), identity, resume, force)
     return identity
@@ -478,16 +481,3 @@ def _tokens_per_step(data: DataConfig) -> int:
 
 def _every(interval: int, step: int) -> bool:
     return bool(interval) and step % interval == 0
-
-
-def _micro_batches(training: TrainConfig) -> int:
-    batch, micro = training.data.batch_size, training.micro_batch_size
-    if not micro:
-        return 1
-    if batch % micro:
-        nearest = nearest_divisor(batch, micro)
-        raise ValueError(
-            f"micro_batch_size={micro} does not divide batch_size={batch}; the nearest that does "
-            f"is {nearest}"
-        )
-    return batch // micro

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +26,17 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(
-    processes: int, cwd: Path, *arguments: str, devices: int = 1, gpus: bool = False
+    processes: int,
+    cwd: Path,
+    *arguments: str,
+    devices: int = 1,
+    gpus: bool = False,
+    of_each: Sequence[Sequence[str]] = (),
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """The training command with these arguments, in so many processes; killed at the end.
 
-    Each has so many CPU devices; or (`gpus`) a GPU of its own, on which products are exact.
+    Each has so many CPU devices; or (`gpus`) a GPU of its own, on which products are exact. What
+    `of_each` holds are further arguments of each.
     """
     found_there = os.environ.get("PYTHONPATH", "")
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), found_there)))
@@ -46,7 +52,7 @@ def started(
     port = free_port()
     found = [
         subprocess.Popen(
-            [sys.executable, "-c", MAIN, *TRAIN, *arguments,
+            [sys.executable, "-c", MAIN, *TRAIN, *arguments, *(of_each[index] if of_each else ()),
              *(("--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process",
                 str(index)) if processes > 1 else ())],
             cwd=cwd, env=environment | ({"CUDA_VISIBLE_DEVICES": str(index)} if gpus else {}),

@@ -139,12 +139,19 @@ def test_what_processes_refuse_they_refuse_together(folder):
             assert code == 1
             assert "mesh none is 1 device, and 2 processes have 2" in error
             assert "Traceback" not in error
-    (folder / "run").mkdir()
-    (folder / "run/mine.txt").write_text("mine")
-    with started(2, folder, "--training.steps", "2", "--mesh", "data=2") as processes:
+    # A path with a word that JAX's runtime says when a process has gone.
+    (folder / "nccl").mkdir()
+    (folder / "nccl/mine.txt").write_text("mine")
+    more = "--training.steps", "2", "--mesh", "data=2"
+    with started(2, folder, *more, "--out", "nccl") as processes:
         for code, _, error in ended(processes, 100):
             assert code == 1
             assert "is not empty and holds no run" in error
+            assert "another process has gone" not in error
+    with started(2, folder, *more, of_each=[(), ("--training.eval-every", "1")]) as processes:
+        for code, _, error in ended(processes, 100):
+            assert code == 1
+            assert "process 1 has another model, recipe, data, mesh" in error
 
 
 @pytest.mark.slow
