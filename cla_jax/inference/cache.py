@@ -352,6 +352,9 @@ class KVCache:
 
     def grown(self, widths: Int[Array, "b"], first_row: int | Int[Array, ""] = 0) -> "KVCache":
         """With the lengths of some rows grown, up to what there is room for."""
+        if isinstance(first_row, int) and widths.shape[0] == self.batch:  # where they are
+            lengths = jnp.minimum(self.lengths + widths, np.int32(self.length))
+            return dataclasses.replace(self, lengths=lengths)
         rows = first_row + jnp.arange(widths.shape[0], dtype=jnp.int32)
         lengths = jnp.minimum(self.lengths[rows] + widths, np.int32(self.length))
         return dataclasses.replace(self, lengths=self.lengths.at[rows].set(lengths))

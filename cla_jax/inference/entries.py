@@ -36,8 +36,8 @@ def attend_cached(
 ) -> Float[Array, "B T N H"]:
     """Causal attention of the last `T` of `seen` tokens of each row over a stack of cached K/V.
 
-    On a mesh every device attends to the K/V that it holds: where a cache is split by rows, queries
-    and outputs change from heads to rows and back (all-to-all), K/V stay.
+    On a mesh every device attends to the K/V that it holds. Queries that lie elsewhere, by heads
+    where the cache is split by rows, are sent there, and outputs back (all-to-all); K/V stay.
     """
     of_scales = None if stored.k_scale is None else SCALE_AXES
     axes = (QUERY_AXES, CACHE_AXES, CACHE_AXES, of_scales, of_scales, QUERY_AXES[:1])

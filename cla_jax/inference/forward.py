@@ -11,6 +11,7 @@ shared upper half nearly half of them.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,9 +25,13 @@ from cla_jax.inference.entries import DECODE_QUERIES, attend_cached
 from cla_jax.inference.quantization import StoredKV
 from cla_jax.models import Decoder, attend
 from cla_jax.models.rotary import Rotary, rotary
-from cla_jax.models.sharding import constrain, shards
+from cla_jax.models.sharding import constrain, laid_out_as, shards
 
 type Row = int | Int[Array, ""]
+
+# A row's residual stream lies where its K/V do, and its attention sends nothing.
+_RESIDUAL = ("cache_batch", "length", "model")
+_beside_cache = functools.partial(laid_out_as, batch="cache_batch", heads="cache_heads")
 
 
 def prefill(
@@ -120,16 +125,17 @@ def _forward(
 ) -> tuple[Float[Array, "b V"] | Float[Array, "b T V"], KVCache]:
     config, sharing = decoder.config, decoder.config.sharing
     rows, length = tokens.shape
-    # Lengths may lie where the rows of the cache are, positions are needed where activations are:
-    # else every layer's rotation sends its angles.
+    # Positions are needed where the cache's rows are: else every layer's rotation sends its angles.
     starts = jax.lax.dynamic_slice_in_dim(cache.lengths, first_row, rows)
-    starts = constrain(starts, "batch")
+    starts = constrain(starts, "cache_batch")
     steps = jnp.arange(length, dtype=jnp.int32)
     positions = starts[:, None] + steps[None, :]
     angles = rotary(positions, config.rotary, config.rope_theta, config.rope_scaling)
     seen = starts + jnp.int32(length)  # keys that the last query of each row sees
     # Padding may hold any id; one outside the vocabulary would be NaN, and 0 * NaN is NaN.
-    x = decoder.embed(jnp.where(steps[None, :] < widths[:, None], tokens, 0))
+    ids = constrain(jnp.where(steps[None, :] < widths[:, None], tokens, 0), *_RESIDUAL[:2])
+    # Ids are sent, rather than what `embed` makes of them before it looks them up.
+    x = constrain(decoder.embed(constrain(ids, "batch", "length")), *_RESIDUAL)
     fresh: dict[int, StoredKV] = {}
 
     for index, slot in enumerate(sharing.cache_slots):
@@ -137,7 +143,8 @@ def _forward(
         h = layer.attention_norm(x)
         if sharing.owns(index):
             # What is read now is what will be read from the cache later.
-            fresh[slot] = cache.stored(layer.keys_values(x, h, angles))
+            with _beside_cache():
+                fresh[slot] = cache.stored(layer.keys_values(x, h, angles))
             write = cache.begin if begins else cache.write
             with jax.named_scope("cache_write"):
                 cache = write(slot, fresh[slot], first_row)
@@ -164,7 +171,9 @@ def _forward(
             return attend_cached(q, stored, seen, at)
 
         with jax.named_scope(f"layer_{index}"):
-            x = layer.read(x, h, read, angles)
+            with _beside_cache():
+                attended = layer.attention(h, read, angles)
+            x = constrain(layer.feed_forward(x, attended), *_RESIDUAL)
 
     logits = decoder.unembed(decoder.final_norm(x))
     if not all_logits:

@@ -59,7 +59,9 @@ class FeedForward(nnx.Module):
             hidden = nnx.silu(up[:, :, 0]) * up[:, :, 1]
         else:
             hidden = nnx.gelu(up[:, :, 0], approximate=False)
-        return self.down(constrain(hidden, "batch", "length", "mlp"))
+        # As its rows lie, wherever they go from here: XLA would gather `hidden` over `data` first.
+        down = self.down(constrain(hidden, "batch", "length", "mlp"))
+        return constrain(down, "batch", "length", "model")
 
     def padded(self, width: int) -> "FeedForward":
         """The same function with zeros behind `F`, up to a width: they add nothing to any sum."""

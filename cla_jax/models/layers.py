@@ -85,14 +85,22 @@ class DecoderLayer(nnx.Module):
         Args:
             x: the layer's input.
             h: `attention_norm` of it.
-            attend: from rotated queries `[B, T, N, H]` to what they find in the layer's K/V,
-                wherever those lie: in a forward pass's arrays or in a cache.
+            attend: from rotated queries `[B, T, N, H]` to what they find in the layer's K/V.
             angles: of the queries' positions.
         """
-        attended = self.attention(h, attend, angles)
-        if self.parallel_residual:
-            x = x + attended + self.ffn(self.ffn_norm(x))
-        else:
-            x = x + attended
-            x = x + self.ffn(self.ffn_norm(x))
+        x = self.feed_forward(x, self.attention(h, attend, angles))
         return constrain(x, "batch", "length", "model")
+
+    def feed_forward(
+        self, x: Float[Array, "B T D"], attended: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """What is behind attention, laid out as it comes: `read` without its first half.
+
+        Args:
+            x: the layer's input.
+            attended: `attention`'s output, whatever K/V it read: a forward pass's or a cache's.
+        """
+        if self.parallel_residual:
+            return x + attended + self.ffn(self.ffn_norm(x))
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cla_jax.configs import ExecutionConfig, nearest_divisor
-from cla_jax.models.sharding import constrain, mesh_axes, rows_laid_out_as, shards
+from cla_jax.models.sharding import constrain, laid_out_as, mesh_axes, shards
 from cla_jax.models.stack import (
     Layers,
     check_kept,
@@ -81,7 +81,7 @@ def pipeline_layers[X, C](
         """Layers in no stage: every stage's devices run them on some of the rows."""
         if not (beside := sharing.segments[segments]):
             return x
-        with rows_laid_out_as("batch_outside"):
+        with laid_out_as(batch="batch_outside"):
             x = run_segments(
                 with_context, sharing, beside, layers[segments], _rows(x), execution
             )  # fmt: skip

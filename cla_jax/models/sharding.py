@@ -9,8 +9,9 @@ Parameter axes: `vocab`, `embed` (D), `norm` (D of a norm), `heads` (N), `kv_hea
 pipeline's body), `pair` (gate/up or key/value).
 Activation axes: `batch` (B), `batch_outside` (B where a layer runs beside a pipeline's stages),
 `batch_loss` (devices' parts of the loss's tokens), `length` (T or S), `model` (D), `heads`,
-`kv_heads`, `head_dim`, `mlp`, `vocab`. Axes of a cache: `cache_batch`, `cache_heads`, where the
-query heads of what attends to it lie too.
+`kv_heads`, `head_dim`, `mlp`, `vocab`. Axes of a cache: `cache_batch` (B) and `cache_heads` (K); in
+inference the rows of attention and of the residual stream, and the query heads of activations and
+parameters, lie where those do.
 """
 
 import contextlib
@@ -98,13 +99,18 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 
 @contextlib.contextmanager
-def rows_laid_out_as(axis: str) -> Iterator[None]:
-    """Inside, `batch` is laid out as another logical axis is; nothing without rules."""
+def laid_out_as(**axes: str) -> Iterator[None]:
+    """Inside, logical axes are laid out as others are; nothing without rules.
+
+    Args:
+        axes: by name, the other: `batch="batch_outside"`.
+    """
     rules = dict(get_logical_axis_rules())
     if not rules:
         yield
         return
-    with use_rules(tuple({**rules, "batch": rules.get(axis, rules.get("batch"))}.items())):
+    changed = {axis: rules.get(other, rules.get(axis)) for axis, other in axes.items()}
+    with use_rules(tuple({**rules, **changed}.items())):
         yield
 
 

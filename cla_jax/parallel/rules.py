@@ -37,8 +37,8 @@ class Rules:
         batch_loss: tokens of the loss, of which every device makes chunks of its own.
         length: tokens of a row.
         model: `D` of activations.
-        cache_batch: rows of a cache, and of what attends to it.
-        cache_heads: its KV heads, and the query heads of what attends to it.
+        cache_batch: rows of a cache; in inference also of the residual stream and of attention.
+        cache_heads: KV heads of a cache; in inference also query heads, of parameters too.
     """
 
     vocab: Axes = ("tensor", "stage")
@@ -65,8 +65,9 @@ class Rules:
 
         Fewer KV heads than tensor shards: the small K/V projection is copied, and a cache is split
         by rows over `tensor` too (Pope et al. 2022, section 3.3), so that no device holds another's
-        bytes. A vocabulary is split over `tensor` and `stage`, over one of them, or copied: what
-        divides it. Where it is not split over `stage`, the loss's tokens are.
+        bytes; in inference so is attention, with copied weights. A vocabulary is split over
+        `tensor` and `stage`, over one of them, or copied: what divides it. Where it is not split
+        over `stage`, the loss's tokens are.
 
         Raises:
             ValueError: heads, feed-forward or model width do not divide, stages that the sharing

@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from cla_jax.models import Decoder
-from cla_jax.models.sharding import constrain, rows_laid_out_as, shards
+from cla_jax.models.sharding import constrain, laid_out_as, shards
 
 type _Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -34,7 +34,7 @@ def token_losses(
 
     # To `unembed` a chunk is a row for each device.
     rows = tuple(_in_chunks(model, x) for x in (hidden, targets))
-    with rows_laid_out_as("batch_loss"):
+    with laid_out_as(batch="batch_loss"):
         chunks = jax.lax.map(lambda xy: losses(*xy), rows)
     return chunks.swapaxes(0, 1).reshape(targets.shape)
 

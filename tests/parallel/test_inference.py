@@ -1,14 +1,21 @@
 """Prefill, decoding and generation on meshes of eight devices are those of one device."""
 
+import dataclasses
 import functools
 import re
+from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from cla_jax.configs import ExecutionConfig, MeshConfig
+from cla_jax.evaluation.ahead_of_time import compile_decode
+from cla_jax.evaluation.collectives import collectives
 from cla_jax.inference import GenerateConfig, KVCache, Sampling, extend, generate, prefill
-from cla_jax.parallel import in_force
+from cla_jax.parallel import Layout, in_force
+from cla_jax.training import Model
 from tests.models.reference import QUICK_COMPILE
 from tests.parallel.models import PATTERNS, config_of, layout_of, model_of
 
@@ -85,14 +92,53 @@ def test_prefill_and_decoding_are_those_of_one_device(pattern, mesh, dtype):
     parts = int(np.prod([int(n) for n in re.findall(r"\d+", mesh)]))
     assert len(devices) == parts
     assert {device_bytes(cache, device) for device in devices} == {cache.nbytes / parts}
-    # What is cached stays where it is; queries and outputs change places where rows are split.
+    # What is cached stays where it is.
     found = COLLECTIVE.findall(program.as_text() or "")
     assert not [shapes for shapes, _ in found if str(ROOM) in re.findall(r"\d+", shapes)]
-    by_rows = "tensor" in mesh and config_of(pattern).kv_heads % int(mesh[-1]) != 0
-    assert ("all-to-all" in {kind for _, kind in found}) == by_rows
     assert found or mesh == "data=8"
-    # New K/V are written and angles made where they are needed: no layer gathers any, only weights.
-    assert "fsdp" in mesh or [kind for _, kind in found].count("all-gather") <= 4
+
+
+def in_a_step(layers, *, by_rows):
+    """Collectives by kind: two a layer; of the embedding and of the output projection."""
+    if by_rows:  # and of the tokens' ids; logits go where their rows are
+        return {"all-gather": layers + 2, "all-reduce": layers + 1, "all-to-all": 1}
+    return {"all-gather": 1, "all-reduce": 2 * layers + 1}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "mesh", "by_rows"),
+    [("MQA", "tensor=2", True), ("MQA", "tensor=4", True), ("GQA4", "tensor=4", False),
+     ("NeoX", "data=2,tensor=2", True),
+     pytest.param("CLA4", "data=2,tensor=4", True, marks=pytest.mark.slow),
+     pytest.param("CLA4", "tensor=2", False, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_what_a_step_sends_and_what_a_device_holds(pattern, mesh, by_rows):
+    """Where a cache is split by rows, so is attention: new K/V, angles and queries stay."""
+    config = config_of("MQA" if pattern == "NeoX" else pattern)
+    if pattern == "NeoX":
+        config = dataclasses.replace(
+            config, rms_norm=False, swiglu=False, parallel_residual=True, use_bias=True
+        )
+    sizes = MeshConfig.parse(mesh)
+    layout = Layout.on(sizes, config, jax.devices()[: sizes.devices])
+    program = compile_decode(config, layout, batch=ROWS, length=ROOM)
+    found = collectives(program.as_text() or "", dict(layout.mesh.shape))
+    sent = in_a_step(config.num_layers, by_rows=by_rows)
+    assert Counter(one.kind for one in found) == sent
+    # A decoder and a cache that are made there lie as those that the program is planned with.
+    model = Model(config, ExecutionConfig())
+    with in_force(layout):
+        decoder = model(jax.device_put(model.init(0), layout.of(model.axes))).unstacked()
+        cache = CREATE(config, ROWS, ROOM)
+    device, rows = jax.devices()[0], ROWS // layout.shards("cache_batch")
+    shards = [s for array in jax.tree.leaves((decoder, cache.k, cache.v))
+              for s in array.addressable_shards if s.device == device]  # fmt: skip
+    held = sum(s.data.nbytes for s in shards) + 2 * rows * 4  # and ids and lengths
+    planned: Any = program.memory_analysis()
+    assert planned.argument_size_in_bytes == held
+    heads = 8 // (1 if by_rows else int(mesh[-1]))
+    queries = decoder.layer(0).attention.query.kernel[...].addressable_shards
+    assert {shard.data.shape for shard in queries} == {(32, heads, 4)}
 
 
 @pytest.mark.parametrize(
