@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -19,10 +18,9 @@ from cla_jax.reporting._style import (
     marker,
     text_width,
 )
-from cla_jax.reporting.csv_records import append_record, read_records
 from cla_jax.reporting.tables import Column
 
-__all__ = ["COLUMNS", "Reread", "append_row", "read_rows", "rereads", "verdict"]
+__all__ = ["COLUMNS", "Reread", "rereads", "verdict"]
 
 FASTER = 0.9  # of the first read's time: what the verdict calls a reuse
 MOST_NOISE = 0.3  # of a ratio that the verdict counts
@@ -108,20 +106,6 @@ COLUMNS = (
     Column[Reread]("traced", "traced", lambda r: r.traced_ratio, ".3f"),
     Column[Reread]("attention", "attention", lambda r: r.attention),
 )
-
-
-def append_row(path: Path, row: Reread) -> None:
-    """Adds a row to a CSV file of all fields, with the heading where it is new."""
-    append_record(path, row)
-
-
-def read_rows(path: Path) -> list[Reread]:
-    """The rows of a file that `append_row` wrote.
-
-    Raises:
-        ValueError: no such file, or it holds something else.
-    """
-    return read_records(path, Reread, "measurements of rereads")
 
 
 def _lines(rows: Sequence[Reread]) -> dict[tuple[str, str, int], list[Reread]]:

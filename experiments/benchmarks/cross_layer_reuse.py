@@ -54,11 +54,10 @@ from cla_jax.evaluation.rereads import (
 )
 from cla_jax.experiment import run_experiment
 from cla_jax.reporting import figures, markdown
+from cla_jax.reporting.csv_records import append_record, read_records
 from cla_jax.reporting.rereads import (
     COLUMNS,
     Reread,
-    append_row,
-    read_rows,
     rereads,
     verdict,
 )
@@ -313,7 +312,7 @@ def write(rows: Sequence[Reread], out: Path) -> None:
 def main(options: Options) -> int:
     """Run it; returns how many sizes or models failed."""
     if options.source is not None:
-        write(read_rows(options.source), options.out)
+        write(read_records(options.source, Reread, "measurements of rereads"), options.out)
         return 0
     began = time.monotonic()
     if options.smoke:
@@ -331,7 +330,7 @@ def main(options: Options) -> int:
         return began + options.deadline - time.monotonic()
 
     def keep(row: Reread) -> None:
-        append_row(saved, row)  # what was measured stays
+        append_record(saved, row)  # what was measured stays
         rows.append(row)
         halves = "" if row.halves is None else f", in halves {row.halves:.2f} us"
         seen = "" if row.traced_ratio is None else f", traced {row.traced_ratio:.3f}"

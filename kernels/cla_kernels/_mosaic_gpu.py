@@ -2,9 +2,9 @@
 
 Every unit, a program on each multiprocessor, reads a contiguous stretch of all rows' valid K/V
 blocks, whoever's they are: the schedule comes from `lengths` alone, so XLA computes it once a step
-for all layers, and rows of any lengths keep the device busy. What a unit finds in a row and KV head
-is a partial result (`_partial`); a second, small kernel combines them (`_combine`), launched while
-the first still runs.
+for all layers, and rows of any lengths keep the device busy. A row and KV head that a unit reads
+whole is done; what it finds of others is a partial result (`_partial`). A second, small kernel
+combines these (`_combine`), launched while the first still runs.
 """
 
 import jax
@@ -116,7 +116,7 @@ def _attend(
     written, together = cut_rows(B * K, T * heads, tile_columns(H), cut)
     found = partial_attention(
         rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=written,
-        found=q.dtype, tuning=cut,
+        result_dtype=q.dtype, tuning=cut,
     )  # fmt: skip
     out = combine(*found, plan, together=together, tuning=cut)
     out = out[:, : T * heads, :H]

@@ -58,7 +58,7 @@ def _widened(tile: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 # Jitted, so that a model's layers trace and lower it once.
 @functools.partial(
-    jax.jit, static_argnames=("queries", "heads", "scale", "written", "found", "tuning")
+    jax.jit, static_argnames=("queries", "heads", "scale", "written", "result_dtype", "tuning")
 )
 def partial_attention(
     q: jax.Array,
@@ -70,7 +70,7 @@ def partial_attention(
     heads: int,
     scale: float,
     written: int,
-    found: jnp.dtype,
+    result_dtype: jnp.dtype,
     tuning: Tuning,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Every unit's softmax over its stretch of every row and KV head that it reads.
@@ -88,7 +88,7 @@ def partial_attention(
         heads: query heads of a KV head.
         scale: of the scores, positive.
         written: rows of a result: those of `q`, or whole tiles of them.
-        found: type of a result.
+        result_dtype: of a result.
         tuning: how the work is cut.
 
     Returns:
@@ -298,10 +298,10 @@ def partial_attention(
                 @pl.when(alone)
                 def _finish() -> None:
                     # The queries' place takes what they found, if it is of their type.
-                    place = q_s.at[slot_q] if found == dtype else spare[-1]
+                    place = q_s.at[slot_q] if result_dtype == dtype else spare[-1]
                     inverse = jnp.where(weight > 0, 1.0 / weight, 0.0)
                     done = acc * lax.broadcast_in_dim(inverse, acc.shape, [1])
-                    place.T[...] = done.astype(found)
+                    place.T[...] = done.astype(result_dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(place, out_ref.at[row * K + head, all_rows, columns])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -309,7 +309,7 @@ def partial_attention(
                 plgpu.barrier_arrive(q_empty.at[slot_q])
 
                 @pl.when(jnp.logical_not(alone))
-                def _give() -> None:
+                def _leave() -> None:
                     index = row * K + head + unit
                     statistics_ref.at[index, 0][...] = m
                     statistics_ref.at[index, 1][...] = weight
@@ -380,11 +380,13 @@ def partial_attention(
     def shared(*shape: int, dtype: Any = dtype, swizzle: int = swizzle) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=_transforms(dtype, swizzle))
 
-    merging = [
-        plgpu.SMEM((width, rows), jnp.float32),
-        *(plgpu.SMEM((rows,), jnp.float32) for _ in range(2)),
-        *(plgpu.Barrier() for _ in range(2)),
-    ]
+    merging = []
+    if workers > 1:
+        merging = [
+            plgpu.SMEM((width, rows), jnp.float32),
+            *(plgpu.SMEM((rows,), jnp.float32) for _ in range(2)),
+            *(plgpu.Barrier() for _ in range(2)),
+        ]
     scratch = [
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_barriers=2, num_arrivals=workers),
@@ -393,17 +395,17 @@ def partial_attention(
         shared(2, rows, width),
         shared(stages, block, width, dtype=kv_dtype, swizzle=swizzle8 if eight_bit else swizzle),
         shared(workers, rows, block),
-        merging if workers > 1 else [],
+        merging,
     ]
     if eight_bit:
         scratch += [shared(workers, block, width)] * tiles_spare
         scratch += [plgpu.SMEM((stages, block), jnp.float32)]
-    if found != dtype:
-        scratch += [shared(rows, width, dtype=found)]
+    if result_dtype != dtype:
+        scratch += [shared(rows, width, dtype=result_dtype)]
     return plgpu.kernel(
         kernel,
         out_type=(
-            jax.ShapeDtypeStruct((B * K, written, width), found),
+            jax.ShapeDtypeStruct((B * K, written, width), result_dtype),
             jax.ShapeDtypeStruct((B * K + tuning.units, rows, width), jnp.float32),
             jax.ShapeDtypeStruct((B * K + tuning.units, 2, rows), jnp.float32),
         ),

@@ -69,19 +69,21 @@ def _joins(
     blocks: jax.Array, places: jax.Array, starts: jax.Array, each: jax.Array, kv_heads: int,
     units: int,
 ) -> jax.Array:  # fmt: skip
+    def readers(row: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        begin = starts[row] + head * places[row]
+        return begin // each, (begin + blocks[row] - 1) // each
+
     row_heads = blocks.shape[0] * kv_heads
     if row_heads <= units:
         row, head = jnp.divmod(jnp.arange(row_heads, dtype=jnp.int32), kv_heads)
-        begin = starts[row] + head * places[row]
-        first, last = begin // each, (begin + blocks[row] - 1) // each
+        first, last = readers(row, head)
     else:
         # Whatever is split is what a unit ends in, and the first that does joins it.
         unit = jnp.arange(units, dtype=jnp.int32)
         end = (unit + 1) * each - 1
         row = _row_at(end, starts[1:])
         head = (end - starts[row]) // places[row]
-        begin = starts[row] + head * places[row]
-        first, last = begin // each, (begin + blocks[row] - 1) // each
+        first, last = readers(row, head)
         last = jnp.where((first == unit) & (end < starts[-1]), last, first)
     return jnp.stack([row * kv_heads + head, first, last], axis=1)
 

@@ -10,7 +10,8 @@ import pytest
 
 from cla_jax.evaluation.rereads import Chain, Heads, apart, compile_chain, together
 from cla_jax.registry import model
-from cla_jax.reporting.rereads import Reread, append_row, read_rows, rereads, verdict
+from cla_jax.reporting.csv_records import append_record, read_records
+from cla_jax.reporting.rereads import Reread, rereads, verdict
 from tests.experiments.processes import run
 from tests.experiments.test_throughput import experiment
 
@@ -125,11 +126,11 @@ def test_the_finding_from_known_times(tmp_path):
     assert said[3].startswith("Step of tiny/MQA-CLA2: the second read takes 0.60")
     assert said[4].startswith("One half of the batch after the other takes 0.94 of the time")
     for known in rows:
-        append_row(tmp_path / "rows.csv", known)
-    assert read_rows(tmp_path / "rows.csv") == rows
+        append_record(tmp_path / "rows.csv", known)
+    assert read_records(tmp_path / "rows.csv", Reread) == rows
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="holds no measurements"):
-        read_rows(tmp_path / "other.csv")
+        read_records(tmp_path / "other.csv", Reread, "measurements of rereads")
     assert rereads(rows).axes
     for empty in (verdict, rereads):
         with pytest.raises(ValueError, match="no measurement"):
