@@ -17,7 +17,7 @@ from cla_jax._choices import check_choice
 from cla_jax.configs import CacheDtype, ModelConfig
 from cla_jax.inference.quantization import StoredKV
 from cla_jax.models import KV
-from cla_jax.models.sharding import constrain, on_shards, shards
+from cla_jax.models.sharding import Axes, constrain, on_shards, shards
 from cla_jax.sharing import KVSharing
 
 # Logical axes: of a stack `[G', B, S, K, H]`, of its scales `[G', B, K, S]`, and of queries that
@@ -74,7 +74,11 @@ def _check_split(batch: int, kv_heads: int) -> None:
 
 def laid_out_stack(stack: jax.Array) -> jax.Array:
     """A stack of a cache, or its scales, where the mesh in force wants it."""
-    return constrain(stack, *(CACHE_AXES if stack.ndim == len(CACHE_AXES) else SCALE_AXES))
+    return constrain(stack, *_axes(stack))
+
+
+def _axes(stack: jax.Array) -> Axes:
+    return CACHE_AXES if stack.ndim == len(CACHE_AXES) else SCALE_AXES
 
 
 def _put_behind(
@@ -290,15 +294,13 @@ class KVCache:
         """
 
         def put(stack: Any, layer: Any, part: Any) -> Any:
-            behind = functools.partial(_put_behind, layer=layer, first_row=first_row)
-            if isinstance(first_row, int) and part.shape[1] == self.batch:
+            behind = functools.partial(_put_behind, first_row=first_row)
+            if self._is_all(first_row, part.shape[1]):
                 # Every device writes its own rows and heads. XLA does not see that they are its
                 # own, and would send all new K/V to all devices.
-                axes = CACHE_AXES if stack.ndim == len(CACHE_AXES) else SCALE_AXES
-                behind = functools.partial(_put_behind, first_row=0)
-                in_axes = (axes, axes, CACHE_AXES[1:2], ())
-                return on_shards(behind, in_axes, axes)(stack, part, self.lengths, layer)
-            return behind(stack, part, self.lengths)
+                axes = _axes(stack)
+                behind = on_shards(behind, (axes, axes, CACHE_AXES[1:2], ()), axes)
+            return behind(stack, part, self.lengths, layer)
 
         return self._with(slot, new, put)
 
@@ -350,9 +352,13 @@ class KVCache:
 
         return jax.tree.map(take, stored)
 
+    def _is_all(self, first_row: int | Int[Array, ""], rows: int) -> bool:
+        """Whether these are known to be all rows, as they are traced."""
+        return isinstance(first_row, int) and first_row == 0 and rows == self.batch
+
     def grown(self, widths: Int[Array, "b"], first_row: int | Int[Array, ""] = 0) -> "KVCache":
         """With the lengths of some rows grown, up to what there is room for."""
-        if isinstance(first_row, int) and widths.shape[0] == self.batch:  # where they are
+        if self._is_all(first_row, widths.shape[0]):  # where they are
             lengths = jnp.minimum(self.lengths + widths, np.int32(self.length))
             return dataclasses.replace(self, lengths=lengths)
         rows = first_row + jnp.arange(widths.shape[0], dtype=jnp.int32)

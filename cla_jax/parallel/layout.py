@@ -121,8 +121,8 @@ def check_mesh(
             does not divide a device's tokens, microbatches of a pipeline that do not divide the
             batch or that no stage is there for; names those that do.
     """
-    mesh = resolve_mesh(training.mesh, devices)
-    layout = make_layout(mesh, model, devices)
+    layout = Layout.on(training.mesh, model, devices)
+    mesh = layout.mesh_config
     shards = mesh.batch_shards
     rows = training.micro_batch_size or training.data.batch_size
     if rows % shards:
@@ -132,14 +132,14 @@ def check_mesh(
             f"{field}={rows}; the nearest that works is {max(round(rows / shards), 1) * shards}"
         )
     check_pipeline(model, training.execution, mesh, rows)
-    parts = 1 if layout is None else layout.shards("batch_loss")
-    if layout is not None and (tokens := rows * training.data.sequence_length) % parts:
+    tokens, parts = rows * training.data.sequence_length, layout.shards("batch_loss")
+    if tokens % parts:
         raise ValueError(
             f"mesh {mesh} splits the loss by {parts} ({', '.join(layout.rules.batch_loss)}), which "
             f"does not divide the {tokens} tokens of {rows} rows; the nearest that works is "
             f"{max(round(rows / parts), 1) * parts} rows"
         )
-    training.execution.loss_chunk_of(rows * training.data.sequence_length // parts)
+    training.execution.loss_chunk_of(tokens // parts)
 
 
 @contextlib.contextmanager

@@ -125,9 +125,9 @@ def train(
             config, training, streams, directory, initial=initial, resume=resume, force=force
         )
     )
-    whole = dataclasses.asdict(dataclasses.replace(training, trackers=()))
+    whole, installed = dataclasses.asdict(dataclasses.replace(training, trackers=())), versions()
     check_same(
-        "model, recipe, data, mesh or version of JAX", [identity, whole, resume, force, versions()]
+        "model, recipe, data, mesh or version of JAX", [identity, whole, resume, force, installed]
     )
     trackers = open_trackers(training.trackers if first else (), directory)
     if on_record is not None and first:
@@ -141,7 +141,7 @@ def train(
         "execution": dataclasses.asdict(training.execution),
         "mesh": str(training.mesh if layout is None else layout.mesh_config),
         "attention": f"{path.implementation}: {path.reason}",
-        "versions": versions(),
+        "versions": installed,
     }
     tokenizer = find_tokenizer(streams) if first else None
     if tokenizer is not None:
