@@ -193,7 +193,7 @@ def workspace_bytes(
 
     decode = relaid + max(step_logits, batch * per_token)  # one behind the other
     if fused_decode:
-        decode += decode_workspace_bytes(batch, N, K, H)
+        decode += decode_workspace_bytes(N, K, H)
     else:
         decode += batch * (scores_per_query + context * key)
     keys = min(batch * context, max(settings.prefill_tokens, context))  # of one prefill call

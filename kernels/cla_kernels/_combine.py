@@ -26,18 +26,20 @@ class Cut(NamedTuple):
     together: int  # of a program
 
 
-def cut_rows(row_heads: int, rows: int, columns: int, tuning: Tuning) -> Cut:
+def cut_rows(batch: int, kv_heads: int, rows: int, columns: int, tuning: Tuning) -> Cut:
     """As few rows a program as fill the warpgroup, or as keep the grid in one wave.
 
     Args:
-        row_heads: batch rows times KV heads.
+        batch: rows of the batch.
+        kv_heads: of a row.
         rows: of queries to one.
         columns: of a result.
         tuning: how many programs a wave has.
     """
     all_rows = tile_rows(rows)
-    # Where there are more than units, most are one unit's, and their programs only end.
-    joins, most = (row_heads, 16) if row_heads <= tuning.units else (tuning.units, 1)
+    # Where rows are more than parts, most are one unit's, and their programs only end.
+    parts = tuning.parts(kv_heads)
+    joins, most = (batch * kv_heads, 16) if batch <= parts else (parts * kv_heads, 1)
     # Where results are stored from, rows lie in eights.
     for wanted in (rows, all_rows) if rows < 8 else (all_rows,):
         for together in range(1, wanted + 1):
@@ -64,9 +66,9 @@ def combine(
 
     Args:
         done: `[B * K, rows, C]`, of what one unit read whole; written in place.
-        sums: `[stretches, R, C]`, float32, as `partial_attention` returns them.
-        statistics: `[stretches, 2, R]`, likewise.
-        plan: by which they were found.
+        sums: `[2 * P * K, R, C]`, float32, as `partial_attention` returns them.
+        statistics: `[2 * P * K, 2, R]`, likewise.
+        plan: by which they were found, of `P` parts.
         together: rows of queries to a program.
         tuning: of the plan.
 
@@ -75,17 +77,20 @@ def combine(
     """
     stretches, all_rows, columns = sums.shape
     row_heads, rows, _ = done.shape
+    parts, B = plan.parts.shape[0], plan.lengths.shape[0]
+    K = row_heads // B
     width = together * columns
     sums = sums.reshape(stretches, all_rows // together, width)
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // _THREADS, 4))
-    # Stretches of a row and KV head, where lengths are equal. Many are shared among warpgroups.
-    likely = tuning.units // row_heads + 2
+    # Stretches of a row, where lengths are equal. Many are shared among warpgroups.
+    likely = parts // B + 2
     groups = 4 if likely > 32 else 1
     most = _MOST_REGISTERS // (width // _THREADS + 2 * together)
     ahead = max(1, min(-(-likely // groups), most, _AHEAD))
 
-    def join(refs: tuple[Any, ...], index: Any, group: Any, first: Any, last: Any) -> None:
+    def join(refs: tuple[Any, ...], row: Any, head: Any, group: Any, first: Any, last: Any) -> None:
         sums_ref, statistics_ref, out, *shared = refs
+        began, index = first, row * K + head
         if groups > 1:
             share = lax.div(last - first + groups, jnp.int32(groups))
             first = first + lax.axis_index("wg") * share
@@ -103,13 +108,14 @@ def combine(
             acc, tops, totals = carry
             found = []
             for u in range(ahead):
-                unit = first + i * ahead + u
-                stretch = index + jnp.minimum(unit, last)
+                part = first + i * ahead + u
+                unit = jnp.minimum(part, last) * K + head
+                stretch = 2 * unit + (part == began).astype(jnp.int32)
                 largest, weight = (
                     [statistics_ref[stretch, what, group * together + j] for j in range(together)]
                     for what in range(2)
                 )
-                largest = [jnp.where(unit <= last, one, -jnp.inf) for one in largest]
+                largest = [jnp.where(part <= last, one, -jnp.inf) for one in largest]
                 loaded = plgpu.load(sums_ref.at[stretch, group], layout=layout)
                 found.append((largest, weight, loaded))
             news = list(tops)
@@ -171,15 +177,16 @@ def combine(
             finish(whole, weights)
 
     def kernel(sums_ref: Any, statistics_ref: Any, join_ref: Any, out: Any, *shared: Any) -> None:
-        join_number, group = lax.axis_index("i"), lax.axis_index("g")
+        join_number, head, group = (lax.axis_index(name) for name in ("i", "h", "g"))
         # The first kernel has waited for the schedule, and started this one only after.
-        index, first, last = (join_ref[join_number, i] for i in range(3))
+        row, first, last = (join_ref[join_number, i] for i in range(3))
         if tuning.on_device:
             plgpu.griddepcontrol_launch_dependents()
             # Whoever comes next waits for this kernel alone, so it must not end before the first.
-            pl.when((first < last) | (join_number + group == 0))(plgpu.griddepcontrol_wait)
+            one = join_number + head + group == 0
+            pl.when((first < last) | one)(plgpu.griddepcontrol_wait)
         refs = sums_ref, statistics_ref, out, *shared
-        pl.when(first < last)(functools.partial(join, refs, index, group, first, last))
+        pl.when(first < last)(functools.partial(join, refs, row, head, group, first, last))
 
     several: dict[str, Any] = {}
     if groups > 1:
@@ -194,8 +201,8 @@ def combine(
     result = jax.new_ref(done.reshape(row_heads, rows // together, width))
     plgpu.kernel(
         kernel,
-        grid=(plan.joins.shape[0], rows // together),
-        grid_names=("i", "g"),
+        grid=(plan.joins.shape[0], K, rows // together),
+        grid_names=("i", "h", "g"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **several,
     )(sums, statistics, plan.joins, result)

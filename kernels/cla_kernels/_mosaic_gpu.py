@@ -1,14 +1,15 @@
 """Decode attention on Hopper, in Pallas on Mosaic GPU: two kernels and a schedule.
 
-Every unit, a program on each multiprocessor, reads a contiguous stretch of all rows' valid K/V
-blocks, whoever's they are: the schedule comes from `lengths` alone, so XLA computes it once a step
-for all layers, and rows of any lengths keep the device busy. A row and KV head that a unit reads
-whole is done; what it finds of others is a partial result (`_partial`). A second, small kernel
-combines these (`_combine`), launched while the first still runs.
+Every unit, a program on each multiprocessor, reads a contiguous stretch of all rows' valid blocks
+of a KV head, whoever's they are: the schedule comes from `lengths` alone, so XLA computes it once a
+step for all layers, and rows of any lengths keep the device busy. A row that a unit reads whole is
+done; what it finds of others is a partial result (`_partial`). A second, small kernel combines
+these (`_combine`), launched while the first still runs.
 """
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cla_kernels._combine import combine, cut_rows
 from cla_kernels._partial import Cached, partial_attention
@@ -21,8 +22,6 @@ from cla_kernels._tuning import (
     tile_rows,
     tuned,
 )
-
-_MOST_STRETCHES = 8192  # rows x KV heads: each leaves a partial result in memory
 
 
 def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> str:
@@ -37,7 +36,7 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeS
     eight_bit = k.dtype in (jnp.int8, jnp.float8_e4m3fn)
     if q.dtype != k.dtype and not eight_bit:
         return f"a cache of {k.dtype} under queries of {q.dtype}"
-    (_, _, N, H), (_, B, S, K, _) = q.shape, k.shape
+    (_, _, N, H), (_, _, S, K, _) = q.shape, k.shape
     if S % 8:
         return f"a cache of {S} tokens is no multiple of 8"
     if not 32 <= H <= MOST_COLUMNS:
@@ -47,17 +46,12 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeS
         return f"head dim {H} is no multiple of {step}"
     if N // K > MOST_ROWS:
         return f"{N // K} query heads to a KV head are more than {MOST_ROWS}"
-    if B * K > _MOST_STRETCHES:
-        return f"{B} rows of {K} KV heads are more than {_MOST_STRETCHES} in all"
     return ""
 
 
-def workspace_bytes(batch: int, query_heads: int, kv_heads: int, head_dim: int) -> int:
-    """What a call of one query a row holds beside its inputs: an upper estimate.
-
-    It grows with the batch: where there are too many rows for this kernel, no more.
-    """
-    stretches = min(batch * kv_heads, _MOST_STRETCHES) + Tuning().units
+def workspace_bytes(query_heads: int, kv_heads: int, head_dim: int) -> int:
+    """What a call of one query a row holds beside inputs and result, whatever the batch."""
+    stretches = 2 * Tuning().parts(kv_heads) * kv_heads
     rows, columns = tile_rows(query_heads // kv_heads), tile_columns(head_dim)
     return stretches * rows * (columns + 2) * 4
 
@@ -112,12 +106,15 @@ def _attend(
     if cached.k_scale is not None:
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
     cut = tuned(T * heads, H, cached.k.dtype, B * K * S, tuning)
-    plan = schedule(lengths, K, S, cut)
-    written, together = cut_rows(B * K, T * heads, tile_columns(H), cut)
+    plan = schedule(lengths, cut.parts(K), S, cut)
+    written, together = cut_rows(B, K, T * heads, tile_columns(H), cut)
     found = partial_attention(
         rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=written,
         result_dtype=q.dtype, tuning=cut,
     )  # fmt: skip
     out = combine(*found, plan, together=together, tuning=cut)
+    # It is written in place, which XLA forgets where a loop stacks the result and nothing is
+    # between: it gives the kernel the stack's memory, and whatever lay there stays.
+    out = lax.optimization_barrier(out)
     out = out[:, : T * heads, :H]
     return out.reshape(B, K, T, heads, H).swapaxes(1, 2).reshape(B, T, N, H)

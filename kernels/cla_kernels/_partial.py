@@ -1,4 +1,4 @@
-"""The first kernel: every unit's softmax attention over its stretch of the K/V.
+"""The first kernel: every unit's softmax attention over its stretch of a KV head's K/V.
 
 Roles are swapped: the scores of a tile are `K Q^T`, keys by queries, and sums of values `V^T P`, so
 that a KV head's few query heads are the short side of the product, whose tiles come in eights. One
@@ -73,16 +73,17 @@ def partial_attention(
     result_dtype: jnp.dtype,
     tuning: Tuning,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Every unit's softmax over its stretch of every row and KV head that it reads.
+    """Every unit's softmax over its stretch of every row that it reads.
 
-    A row and KV head that one unit reads whole are done; of others, stretch `i` of the order leaves
-    a partial result, of index `row * K + head + unit`.
+    Unit `p * K + head` is part `p` of a KV head. A row that it reads whole is done. Of others it
+    leaves at most two partial results: `2 * unit + 1` of the row that goes on behind it, and
+    `2 * unit` of the one that began before it.
 
     Args:
         q: `[B, K, queries * heads, H]`, at most 64 rows to a KV head, in the type in which tiles
             are multiplied.
         cached: `k`, `v` `[G, B, S, K, H]`, and scales `[G, B, K, S]` where they are of 8 bits.
-        plan: of the rows' lengths.
+        plan: of the rows' lengths, `P` parts.
         layer: of the `G`.
         queries: `T` of a row, the last of which sees `lengths` keys.
         heads: query heads of a KV head.
@@ -93,13 +94,14 @@ def partial_attention(
 
     Returns:
         Results `[B * K, written, C]` of what is done alone, `C` the head dim in whole tiles; and
-        float32: sums of values `[B * K + units, R, C]`, `R` the rows in whole tiles, and their
-        largest score (times log2 e) and sum of weights, `[B * K + units, 2, R]`. What nobody has
-        found is not written.
+        float32: sums of values `[2 * P * K, R, C]`, `R` the rows in whole tiles, and their largest
+        score (times log2 e) and sum of weights, `[2 * P * K, 2, R]`. What nobody has found is not
+        written.
     """
     B, K, given, H = q.shape
     rows = tile_rows(given)
     G, _, S = cached.k.shape[:3]
+    units = plan.parts.shape[0] * K
     block, stages, workers = tuning.block, tuning.stages, tuning.workers
     width = tile_columns(H)
     scale2 = scale * math.log2(math.e)  # exp2 is the GPU's own
@@ -113,7 +115,7 @@ def partial_attention(
     def kernel(*refs: Any) -> None:
         (q_ref, k_ref, v_ref), refs = refs[:3], refs[3:]
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
-        len_ref, start_ref, unit_ref, each_ref, layer_ref = refs[:5]
+        len_ref, start_ref, part_ref, each_ref, layer_ref = refs[:5]
         out_ref, sums_ref, statistics_ref = refs[5:8]
         q_full, q_empty, full, empty, q_s, kv_s, p_s, merging, *spare = refs[8:]
         scale_s: Any = spare[tiles_spare] if eight_bit else None
@@ -124,34 +126,28 @@ def partial_attention(
         # What lies behind an array's end is loaded as zeros; only traced slices may reach there.
         start = lax.rem(wg, jnp.int32(1))
         columns, all_rows = pl.ds(start, width), pl.ds(start, rows)
-        begin = unit * each_ref[0]
+        part, head = lax.div(unit, jnp.int32(K)), lax.rem(unit, jnp.int32(K))
+        begin = part * each_ref[0]
         end = jnp.minimum(begin + each_ref[0], start_ref[B])
         base = layer_ref[0] * B
 
         def walk(stretch: Callable[..., None]) -> tuple[jax.Array, jax.Array]:
-            """Calls `stretch` for each row and head of the unit; how many they were, and blocks."""
+            """Calls `stretch` for each row of the unit; how many they were, and blocks."""
 
             def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 at, number, before, row, row_start, row_end, length = state
                 # Of the row that follows: loaded now, to have arrived by then.
                 following = jnp.minimum(row + 1, B - 1)
                 next_end, next_length = start_ref[following + 1], len_ref[following]
-                places = lax.div(row_end - row_start, jnp.int32(K))
                 blocks = stored_blocks(length, S, block)
-                head = lax.div(at - row_start, places)
-                first = at - row_start - head * places
+                first = at - row_start
                 count = jnp.minimum(blocks - first, end - at)
                 alone = count == blocks
-                stretch(row, head, length, first, count, alone, before, number)
-                at = at + jnp.minimum(places - first, end - at)
-                same, other = (row, row_start, row_end, length), (
-                    following, row_end, next_end, next_length,
-                )  # fmt: skip
-                new_row = at >= row_end
-                chosen = (jnp.where(new_row, b, a) for a, b in zip(same, other, strict=True))
-                return at, number + 1, before + count, *chosen
+                stretch(row, length, first, count, alone, before, number)
+                row = following, row_end, next_end, next_length
+                return row_end, number + 1, before + count, *row
 
-            state = begin, jnp.int32(0), jnp.int32(0), *(unit_ref[unit, i] for i in range(4))
+            state = begin, jnp.int32(0), jnp.int32(0), *(part_ref[part, i] for i in range(4))
             _, stretches, blocks, *_ = lax.while_loop(lambda state: state[0] < end, body, state)
             return stretches, blocks
 
@@ -193,8 +189,8 @@ def partial_attention(
             return acc, largest, weight * factor + weight_1 * factor_1
 
         def multiply(worker: int) -> None:
-            def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, alone: Any,
-                        before: Any, number: Any) -> None:  # fmt: skip
+            def stretch(row: Any, length: Any, first: Any, count: Any, alone: Any, before: Any,
+                        number: Any) -> None:  # fmt: skip
                 slot_q = lax.rem(number, jnp.int32(2))
                 plgpu.barrier_wait(q_full.at[slot_q])
                 q_t = q_s.at[slot_q].T
@@ -310,7 +306,7 @@ def partial_attention(
 
                 @pl.when(jnp.logical_not(alone))
                 def _leave() -> None:
-                    index = row * K + head + unit
+                    index = 2 * unit + (first == 0).astype(jnp.int32)
                     statistics_ref.at[index, 0][...] = m
                     statistics_ref.at[index, 1][...] = weight
                     sums_ref.at[index].T[...] = plgpu.layout_cast(
@@ -322,8 +318,8 @@ def partial_attention(
                 pl.when(stretches > 0)(functools.partial(plgpu.barrier_wait, merging[-1]))
 
         def load() -> None:
-            def stretch(row: Any, head: Any, length: Any, first: Any, count: Any, alone: Any,
-                        before: Any, number: Any) -> None:  # fmt: skip
+            def stretch(row: Any, length: Any, first: Any, count: Any, alone: Any, before: Any,
+                        number: Any) -> None:  # fmt: skip
                 slot_q = lax.rem(number, jnp.int32(2))
                 wait = functools.partial(plgpu.barrier_wait, q_empty.at[slot_q])
                 pl.when(number >= 2)(wait)
@@ -406,11 +402,11 @@ def partial_attention(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((B * K, written, width), result_dtype),
-            jax.ShapeDtypeStruct((B * K + tuning.units, rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((B * K + tuning.units, 2, rows), jnp.float32),
+            jax.ShapeDtypeStruct((2 * units, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((2 * units, 2, rows), jnp.float32),
         ),
         scratch_types=scratch,
-        grid=(tuning.units,),
+        grid=(units,),
         grid_names=("unit",),
         num_threads=workers + 1,
         thread_name="wg",

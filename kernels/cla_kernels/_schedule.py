@@ -7,54 +7,55 @@ import jax.numpy as jnp
 
 from cla_kernels._tuning import Tuning
 
-_MOST_IDLE = 16  # one in so many units, where stretches end as rows do
+_MOST_IDLE = 16  # one in so many parts, where stretches end as rows do
 
 
 class Schedule(NamedTuple):
-    """Who reads what, from the rows' lengths alone: int32 arrays.
+    """Who reads what of a KV head, from the rows' lengths alone: int32 arrays.
 
-    All `(row, KV head, block)` are in one order; a unit reads `each` of them. A row and KV head may
-    have places in the order behind its blocks, so that the next begins with a stretch. Rows of
-    `starts` and `lengths` are the batch's; those of `units` are a unit's first: its batch row, that
-    row's start and end in the order, and length. What several units read is in `joins`: the index
-    `row * K + head`, its first unit and its last; the same one where there is nothing to join.
+    All `(row, block)` are in one order; each of `P` parts reads `each` of them. A row may have
+    places in the order behind its blocks, so that the next begins with a part. Rows of `starts` and
+    `lengths` are the batch's; those of `parts` are a part's first: its batch row, that row's start
+    and end in the order, and length. What several parts read is in `joins`: the row, its first part
+    and its last; the same one where there is nothing to join.
+
+    Every KV head is cut alike, so that those of one part read side by side what lies side by side
+    in memory. (Cut in the order of `(row, KV head, block)`, 64 rows of 8 KV heads took 2 % more.)
     """
 
     lengths: jax.Array  # [B]
     starts: jax.Array  # [B + 1]
-    units: jax.Array  # [units, 4]
+    parts: jax.Array  # [P, 4]
     each: jax.Array  # [1]
-    joins: jax.Array  # [min(B * K, units), 3]
+    joins: jax.Array  # [min(B, P), 3]
 
 
-def schedule(lengths: jax.Array, kv_heads: int, size: int, tuning: Tuning) -> Schedule:
+def schedule(lengths: jax.Array, parts: int, size: int, tuning: Tuning) -> Schedule:
     """Cut the valid blocks of all rows into equal stretches.
 
-    Where rows are equally long and it leaves few units idle, a stretch is a whole number of a row
-    and KV head's, or these are cut alike: fewer partial results, and units that read a row's KV
-    heads side by side stay side by side.
+    Where rows are equally long and it leaves few parts idle, a stretch is a whole number of rows,
+    or rows are cut alike: fewer partial results.
     """
     lengths = lengths.astype(jnp.int32)
     blocks = stored_blocks(lengths, size, tuning.block)
-    each, places = _cut(blocks, kv_heads, tuning.units)
-    ends = jnp.cumsum(places * kv_heads, dtype=jnp.int32)
+    each, places = _cut(blocks, parts)
+    ends = jnp.cumsum(places, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
-    row = _row_at(jnp.arange(tuning.units, dtype=jnp.int32) * each, ends)
-    units = jnp.stack([row, starts[row], starts[row + 1], lengths[row]], axis=1)
-    joins = _joins(blocks, places, starts, each, kv_heads, tuning.units)
-    return Schedule(lengths, starts, units, each[None], joins)
+    row = _row_at(jnp.arange(parts, dtype=jnp.int32) * each, ends)
+    firsts = jnp.stack([row, starts[row], starts[row + 1], lengths[row]], axis=1)
+    return Schedule(lengths, starts, firsts, each[None], _joins(blocks, starts, each, parts))
 
 
-def _cut(blocks: jax.Array, kv_heads: int, units: int) -> tuple[jax.Array, jax.Array]:
-    """Places of a unit, and of each batch row and KV head."""
-    row_heads = blocks.shape[0] * kv_heads
-    each = (jnp.sum(blocks, dtype=jnp.int32) * kv_heads + (units - 1)) // units
+def _cut(blocks: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """Places of a part, and of each row."""
+    rows = blocks.shape[0]
+    each = (jnp.sum(blocks, dtype=jnp.int32) + (parts - 1)) // parts
     longest = jnp.max(blocks)
-    if row_heads >= units:
-        whole, places = longest * -(-row_heads // units), longest
+    if rows >= parts:
+        whole, places = longest * -(-rows // parts), longest
     else:
-        parts = units // row_heads
-        whole = (longest + (parts - 1)) // parts
+        cuts = parts // rows
+        whole = (longest + (cuts - 1)) // cuts
         places = (longest + (whole - 1)) // whole * whole
     snap = (longest == jnp.min(blocks)) & (whole * _MOST_IDLE <= each * (_MOST_IDLE + 1))
     return jnp.where(snap, whole, each), jnp.where(snap, places, blocks)
@@ -65,27 +66,22 @@ def _row_at(places: jax.Array, ends: jax.Array) -> jax.Array:
     return jnp.minimum(row, ends.shape[0] - 1)
 
 
-def _joins(
-    blocks: jax.Array, places: jax.Array, starts: jax.Array, each: jax.Array, kv_heads: int,
-    units: int,
-) -> jax.Array:  # fmt: skip
-    def readers(row: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        begin = starts[row] + head * places[row]
-        return begin // each, (begin + blocks[row] - 1) // each
+def _joins(blocks: jax.Array, starts: jax.Array, each: jax.Array, parts: int) -> jax.Array:
+    def readers(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return starts[row] // each, (starts[row] + blocks[row] - 1) // each
 
-    row_heads = blocks.shape[0] * kv_heads
-    if row_heads <= units:
-        row, head = jnp.divmod(jnp.arange(row_heads, dtype=jnp.int32), kv_heads)
-        first, last = readers(row, head)
+    rows = blocks.shape[0]
+    if rows <= parts:
+        row = jnp.arange(rows, dtype=jnp.int32)
+        first, last = readers(row)
     else:
-        # Whatever is split is what a unit ends in, and the first that does joins it.
-        unit = jnp.arange(units, dtype=jnp.int32)
-        end = (unit + 1) * each - 1
+        # Whatever is split is what a part ends in, and the first that does joins it.
+        part = jnp.arange(parts, dtype=jnp.int32)
+        end = (part + 1) * each - 1
         row = _row_at(end, starts[1:])
-        head = (end - starts[row]) // places[row]
-        first, last = readers(row, head)
-        last = jnp.where((first == unit) & (end < starts[-1]), last, first)
-    return jnp.stack([row * kv_heads + head, first, last], axis=1)
+        first, last = readers(row)
+        last = jnp.where((first == part) & (end < starts[-1]), last, first)
+    return jnp.stack([row, first, last], axis=1)
 
 
 def stored_blocks(lengths: jax.Array, size: int, block: int) -> jax.Array:

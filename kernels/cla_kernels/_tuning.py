@@ -26,7 +26,8 @@ class Tuning:
         stages: tiles of K or V in flight.
         workers: warpgroups that multiply: one, or two that take tiles in turn, for which `stages`
             is a multiple of four.
-        units: programs, one on a multiprocessor; each reads a stretch of the order.
+        units: programs, one on a multiprocessor, at most (more KV heads: one of each); each reads
+            a stretch of a KV head's order.
         on_device: false for the interpreter, which has no initial accumulators and no overlap of
             launches.
     """
@@ -37,12 +38,16 @@ class Tuning:
     units: int = 132
     on_device: bool = True
 
+    def parts(self, kv_heads: int) -> int:
+        """Units of a KV head."""
+        return max(self.units // kv_heads, 1)
+
 
 # By the most columns of a head, with more stages than fit. Caches of 16 bits, then of 8.
 _TUNED = (
     {
-        64: Tuning(block=256, stages=4),
-        128: Tuning(block=128, stages=5),
+        64: Tuning(block=256, stages=5),
+        128: Tuning(block=128, stages=6),
         256: Tuning(block=128, stages=4),
     },
     {
