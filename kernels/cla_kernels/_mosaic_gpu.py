@@ -105,7 +105,7 @@ def _attend(
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding), (0, 0)))
     if cached.k_scale is not None:
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
-    cut = tuned(T * heads, H, cached.k.dtype, B * K * S, tuning)
+    cut = tuned(T * heads, H, cached.k.dtype, B * K, S, tuning)
     plan = schedule(lengths, cut.parts(K), S, cut)
     written, together = cut_rows(B, K, T * heads, tile_columns(H), cut)
     found = partial_attention(

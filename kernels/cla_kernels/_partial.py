@@ -30,6 +30,7 @@ from cla_kernels._tuning import (
 )
 
 _TILE = plgpu.Layout.WGMMA
+_WIDENED = plgpu.Layout.WGMMA_UPCAST_2X  # 8-bit values in this are loaded four at a time
 
 
 class Cached(NamedTuple):
@@ -49,11 +50,12 @@ def _transforms(
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
-def _widened(tile: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """8-bit values in the type in which they are multiplied."""
-    if tile.dtype == jnp.float8_e4m3fn:
-        return tile.astype(jnp.float16).astype(jnp.float32).astype(dtype)
-    return tile.astype(dtype)
+def _widened(ref: Any, dtype: jnp.dtype) -> jax.Array:
+    """8-bit values of shared memory, in the type in which they are multiplied."""
+    values = plgpu.load(ref, layout=_WIDENED)
+    if values.dtype == jnp.float8_e4m3fn:
+        values = values.astype(jnp.float16).astype(jnp.float32)
+    return values.astype(dtype)
 
 
 # Jitted, so that a model's layers trace and lower it once.
@@ -111,6 +113,9 @@ def partial_attention(
     k, v = (a.reshape(G * B, S, K, H) for a in (cached.k, cached.v))
     scales = [a.reshape(G * B, K, S) for a in (cached.k_scale, cached.v_scale) if a is not None]
     tile, by_key, by_row = _TILE, _TILE.reduce(1), _TILE.reduce(0)
+    # What is widened lies in registers, which a whole tile would exceed.
+    piece = TILE_KEYS if eight_bit else block
+    pieces = range(0, block, piece)
 
     def kernel(*refs: Any) -> None:
         (q_ref, k_ref, v_ref), refs = refs[:3], refs[3:]
@@ -205,58 +210,46 @@ def partial_attention(
                     behind = (first + i) * block
                     stored = jnp.minimum(length, S) - behind
                     plgpu.barrier_wait(full.at[slot_k])
-                    if not eight_bit:
-                        x = scale2 * multiplied(kv_s.at[slot_k], q_t, (block, rows))
-                    else:
-                        keys = _widened(kv_s[slot_k], dtype)
-                        if not tuning.on_device:  # the interpreter multiplies from memory alone
-                            spare[1].at[wg][...] = keys
-                            plgpu.commit_smem()
-                            keys = spare[1].at[wg]
-                        x = multiplied(keys, q_t, (block, rows))
-                        each = plgpu.load(scale_s.at[slot_k], layout=by_key)
-                        x = x * lax.broadcast_in_dim(each * scale2, x.shape, [0])
+                    scores = [scores_of(slot_k, at) for at in pieces]
                     plgpu.barrier_arrive(empty.at[slot_k])
                     if not whole:
-                        ids = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=tile)
-                        seen = ids < stored
-                        if queries > 1:
-                            # Query t of T sees T - 1 - t keys less than the last.
-                            row_ids = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=tile)
-                            query = lax.div(row_ids, jnp.int32(heads))
-                            seen = seen & (ids <= query + (length - queries - behind))
-                        x = jnp.where(seen, x, -jnp.inf)
-                    m_new = jnp.maximum(m, x.max(axis=0))
+                        scores = [
+                            masked(x, length - behind - at, stored - at)
+                            for at, x in zip(pieces, scores, strict=True)
+                        ]
+                    m_new = jnp.maximum(m, functools.reduce(jnp.maximum, scores).max(axis=0))
                     if not whole:
                         m_new = jnp.maximum(m_new, -1e30)  # nothing may be visible
                     alpha = jnp.exp2(m - m_new)
-                    p = jnp.exp2(x - lax.broadcast_in_dim(m_new, x.shape, [1]))
+                    p = [jnp.exp2(x - lax.broadcast_in_dim(m_new, x.shape, [1])) for x in scores]
                     # Summed over a tile's keys at the end of the stretch.
                     total = total * lax.broadcast_in_dim(alpha, total.shape, [1])
-                    for part in range(0, block, TILE_KEYS):
-                        total = total + p[part : part + TILE_KEYS]
+                    for x in p:
+                        for part in range(0, piece, TILE_KEYS):
+                            total = total + x[part : part + TILE_KEYS]
                     acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [1])
                     plgpu.barrier_wait(full.at[slot_v])
                     values = kv_s.at[slot_v]
+                    for at, x in zip(pieces, p, strict=True):
+                        here = pl.ds(at, piece)
+                        if eight_bit:
+                            each = plgpu.load(scale_s.at[slot_v, here], layout=by_key)
+                            if not whole:
+                                each = upto(stored - at, each, by_key)
+                            x = x * lax.broadcast_in_dim(each, x.shape, [0])
+                        weights.at[:, here].T[...] = x.astype(dtype)
+                    # Rows behind the length may hold anything, and 0 * NaN is NaN.
                     if eight_bit:
-                        each = plgpu.load(scale_s.at[slot_v], layout=by_key)
-                        if not whole:
-                            ids = plgpu.broadcasted_iota(jnp.int32, each.shape, 0, layout=by_key)
-                            each = jnp.where(ids < stored, each, 0.0)
-                        p = p * lax.broadcast_in_dim(each, p.shape, [0])
-                    weights.T[...] = p.astype(dtype)
-                    if eight_bit:
-                        wide = _widened(kv_s[slot_v], dtype)
-                        if not whole:
-                            ids = plgpu.broadcasted_iota(jnp.int32, wide.shape, 0, layout=tile)
-                            wide = jnp.where(ids < stored, wide, jnp.zeros((), dtype))
+                        for at in pieces:
+                            here = pl.ds(at, piece)
+                            wide = _widened(values.at[here], dtype)
+                            if not whole:
+                                wide = upto(stored - at, wide, _WIDENED)
+                            spare[0].at[wg, here][...] = wide
                         values = spare[0].at[wg]
-                        values[...] = wide
                     elif not whole:
-                        # Rows behind the length may hold anything, and 0 * NaN is NaN.
-                        ids = plgpu.broadcasted_iota(jnp.int32, (block, width), 0, layout=tile)
                         loaded = plgpu.load(values, layout=tile, optimized=False)
-                        values[...] = jnp.where(ids < stored, loaded, jnp.zeros((), dtype))
+                        values[...] = upto(stored, loaded, tile)
                     plgpu.commit_smem()
                     if eight_bit:
                         plgpu.barrier_arrive(empty.at[slot_v])
@@ -264,6 +257,39 @@ def partial_attention(
                     if not eight_bit:
                         plgpu.barrier_arrive(empty.at[slot_v])
                     return acc, m_new, total
+
+                def scores_of(slot: Any, at: int) -> jax.Array:
+                    """Of the keys of one piece of a tile, `[keys, rows]`."""
+                    keys = kv_s.at[slot]
+                    if not eight_bit:
+                        return scale2 * multiplied(keys, q_t, (block, rows))
+                    here = pl.ds(at, piece)
+                    wide = _widened(keys.at[here], dtype)
+                    if tuning.on_device:
+                        keys = plgpu.layout_cast(wide, tile)
+                    else:  # the interpreter multiplies from memory alone
+                        keys = spare[1].at[wg, here]
+                        keys[...] = wide
+                        plgpu.commit_smem()
+                    x = multiplied(keys, q_t, (piece, rows))
+                    each = plgpu.load(scale_s.at[slot, here], layout=by_key)
+                    return x * lax.broadcast_in_dim(each * scale2, x.shape, [0])
+
+                def masked(x: jax.Array, length: Any, stored: Any) -> jax.Array:
+                    """Scores that are seen, of rows of so many tokens from here."""
+                    ids = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=tile)
+                    seen = ids < stored
+                    if queries > 1:
+                        # Query t of T sees T - 1 - t keys less than the last.
+                        row_ids = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=tile)
+                        query = lax.div(row_ids, jnp.int32(heads))
+                        seen = seen & (ids <= query + (length - queries))
+                    return jnp.where(seen, x, -jnp.inf)
+
+                def upto(stored: Any, x: jax.Array, layout: Any) -> jax.Array:
+                    """The first so many keys of `x`; zeros behind."""
+                    ids = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
+                    return jnp.where(ids < stored, x, jnp.zeros((), x.dtype))
 
                 def filled(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
                     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

@@ -14,7 +14,8 @@ MOST_ROWS = 64  # of queries to a KV head: T times query heads
 MOST_COLUMNS = 256
 REDUCTION_BYTES = 2048  # of shared memory, for each worker's reductions
 _SHARED_BYTES = 232_448 - REDUCTION_BYTES - 1024  # of a program; barriers take some
-_FEWEST_BUSY = 0.4  # of the units
+_FEWEST_BUSY = 0.15  # of the units
+_MOST_JOINED = 16  # parts of a row: joining more takes longer than reading smaller tiles saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ _TUNED = (
         256: Tuning(block=128, stages=4),
     },
     {
-        64: Tuning(block=256, stages=8, workers=2),
+        64: Tuning(block=128, stages=12, workers=2),
         128: Tuning(block=128, stages=8, workers=2),
         256: Tuning(block=64, stages=8, workers=2),
     },
@@ -69,7 +70,12 @@ def tile_columns(head_dim: int) -> int:
 
 
 def tuned(
-    rows: int, head_dim: int, kv_dtype: jnp.dtype, keys: int, tuning: Tuning | None = None
+    rows: int,
+    head_dim: int,
+    kv_dtype: jnp.dtype,
+    row_heads: int,
+    size: int,
+    tuning: Tuning | None = None,
 ) -> Tuning:
     """The cut for so many rows of queries (measured: docs/results.md), with as many stages as fit.
 
@@ -77,7 +83,8 @@ def tuned(
         rows: of queries to a KV head.
         head_dim: `H`.
         kv_dtype: of the cache.
-        keys: in all, of all rows and KV heads.
+        row_heads: batch rows times KV heads.
+        size: `S`, keys of each.
         tuning: whose stages to fit; default by head dim and dtype.
     """
     rows, columns = tile_rows(rows), tile_columns(head_dim)
@@ -86,9 +93,14 @@ def tuned(
     if tuning is None:
         tuning = next(t for most, t in _TUNED[eight_bit].items() if head_dim <= most)
         block = tuning.block
-        while block > TILE_KEYS and keys // block < _FEWEST_BUSY * tuning.units:
-            block //= 2  # else most units would have nothing
-        tuning = dataclasses.replace(tuning, block=block)
+        tiles = -(-size // block)
+        few = _FEWEST_BUSY * tuning.units
+        while block > TILE_KEYS and row_heads * tiles < few and 2 * tiles <= _MOST_JOINED:
+            block //= 2
+            tiles = -(-size // block)
+        tuning = dataclasses.replace(
+            tuning, block=block, units=min(tuning.units, row_heads * tiles)
+        )
     most = tuning.stages
     # Two have fewer registers each.
     workers = tuning.workers if rows * columns <= 32 * 128 else 1
