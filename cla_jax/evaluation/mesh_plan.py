@@ -29,13 +29,12 @@ from cla_jax.evaluation.ahead_of_time import (
 )
 from cla_jax.evaluation.collectives import bytes_by_axis, collectives
 from cla_jax.parallel import Layout, check_mesh
-from cla_jax.recipes import chunked
+from cla_jax.recipes import LOSS_CHUNK
 
 __all__ = ["MeshPlan", "MeshWork", "plan_mesh"]
 
 _REQUIRED = re.compile(r"required.*?\((\d+(?:\.\d+)?)([KMG])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-_LOSS_CHUNK = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ def plan_mesh(
     for name, value in (("batch", batch), ("context", context)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected 1 or more")
-    training = _training(layout, batch, context, work)
+    training = _training(batch, context, work)
     if "train" in programs:
         check_mesh(config, dataclasses.replace(training, mesh=layout.mesh_config), devices)
     inference = {"batch": batch, "length": context, "dtype": work.cache_dtype}
@@ -140,12 +139,12 @@ def plan_mesh(
     ]
 
 
-def _training(layout: Layout, batch: int, context: int, work: MeshWork) -> TrainConfig:
-    execution = ExecutionConfig(remat=work.remat, unroll=work.unroll, loss_chunk=_LOSS_CHUNK)
+def _training(batch: int, context: int, work: MeshWork) -> TrainConfig:
+    execution = ExecutionConfig(remat=work.remat, unroll=work.unroll, loss_chunk=LOSS_CHUNK)
     return TrainConfig(
         steps=1000,
         data=DataConfig(sequence_length=context, batch_size=batch),
-        execution=chunked(execution, batch * context // layout.shards("batch_loss")),
+        execution=execution,
     )
 
 

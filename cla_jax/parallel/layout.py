@@ -117,9 +117,9 @@ def check_mesh(
         devices: of the mesh; default all that there are.
 
     Raises:
-        ValueError: sizes that do not fit devices, model or (micro-)batch, a chunk of the loss that
-            does not divide a device's tokens, microbatches of a pipeline that do not divide the
-            batch or that no stage is there for; names those that do.
+        ValueError: sizes that do not fit devices, model or (micro-)batch, microbatches of a
+            pipeline that do not divide the batch or that no stage is there for; names those that
+            do.
     """
     layout = Layout.on(training.mesh, model, devices)
     mesh = layout.mesh_config
@@ -132,14 +132,6 @@ def check_mesh(
             f"{field}={rows}; the nearest that works is {max(round(rows / shards), 1) * shards}"
         )
     check_pipeline(model, training.execution, mesh, rows)
-    tokens, parts = rows * training.data.sequence_length, layout.shards("batch_loss")
-    if tokens % parts:
-        raise ValueError(
-            f"mesh {mesh} splits the loss by {parts} ({', '.join(layout.rules.batch_loss)}), which "
-            f"does not divide the {tokens} tokens of {rows} rows; the nearest that works is "
-            f"{max(round(rows / parts), 1) * parts} rows"
-        )
-    training.execution.loss_chunk_of(tokens // parts)
 
 
 @contextlib.contextmanager

@@ -108,9 +108,8 @@ def train(
 
     Raises:
         ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
-            the model's, a stream shorter than one batch, a `loss_chunk` that does not divide a
-            device's tokens, initial parameters of another model, a mesh that does not fit devices,
-            model or batch, a directory that holds a run (of another
+            the model's, a stream shorter than one batch, initial parameters of another model, a
+            mesh that does not fit devices, model or batch, a directory that holds a run (of another
             configuration or other initial parameters, or without `resume`). All of them before
             anything is written.
         FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
