@@ -152,8 +152,8 @@ class PipelineIdeal:
     `C`: the bubble. `body`, `outside` and `head` are shares of the arithmetic of a step (FLOPs of
     matrix products, forward and backward, without rematerialisation) and sum to 1. What is outside
     the body is split over the stages without a bubble: layers by rows, embedding and output
-    projection by vocabulary or tokens. Sending costs nothing, and every device is as fast as one
-    alone.
+    projection by vocabulary or tokens, what fills these up not counted. Sending costs nothing, and
+    every device is as fast as one alone.
 
     Attributes:
         stages: `P`.
