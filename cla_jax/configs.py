@@ -283,8 +283,8 @@ class ExecutionConfig:
             pipeline a stage's); `dots` also keeps the matrix products that have no batch dimension.
         scan: run each segment as one `jax.lax.scan`; false unrolls every layer.
         unroll: repeats per scan step. 1 compiles fastest; more trades compile time for speed.
-        loss_chunk: tokens whose logits exist at a time in the training loss, on each device of a
-            mesh; 0 is all at once.
+        loss_chunk: tokens whose logits exist at a time in the training loss, at most, on each
+            device of a mesh; 0 is all at once.
         pipeline_microbatches: parts that the rows of a forward and backward pass are cut into where
             a mesh has stages; divides them. 0: the most that divide them, up to four a stage.
     """
@@ -307,19 +307,17 @@ class ExecutionConfig:
             raise ValueError(f"pipeline_microbatches={count} must be 0 (automatic) or positive")
 
     def loss_chunk_of(self, tokens: int) -> int:
-        """Tokens of a chunk of the loss, where a device has so many at once.
+        """Tokens of a chunk of the loss, where a device has so many at once: nearly equal chunks.
 
-        Raises:
-            ValueError: they are no whole number of chunks; names the nearest chunk that divides.
+        Examples:
+            >>> execution = ExecutionConfig(loss_chunk=4096)
+            >>> execution.loss_chunk_of(8192), execution.loss_chunk_of(10_000)
+            (4096, 3334)
         """
         if not self.loss_chunk or self.loss_chunk >= tokens:
             return tokens
-        if tokens % self.loss_chunk:
-            raise ValueError(
-                f"loss_chunk={self.loss_chunk} does not divide a device's {tokens} tokens; the "
-                f"nearest that does is {nearest_divisor(tokens, self.loss_chunk)}"
-            )
-        return self.loss_chunk
+        chunks = -(-tokens // self.loss_chunk)
+        return -(-tokens // chunks)
 
 
 @dataclasses.dataclass(frozen=True)

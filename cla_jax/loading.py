@@ -20,7 +20,7 @@ from cla_jax.data.prepared import read_tokenizer
 from cla_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, tokenizer_at
 from cla_jax.inference import GenerateConfig, Sampling, check_prompts, generate
 from cla_jax.models import Decoder
-from cla_jax.parallel import Layout, in_force, make_layout
+from cla_jax.parallel import Layout, check_inference_mesh, in_force, make_layout
 from cla_jax.training.checkpoints import load_params
 from cla_jax.training.run_directory import read_json
 from cla_jax.training.step import Model
@@ -283,11 +283,7 @@ def _is_huggingface(path: Path) -> bool:
 
 
 def _layout(mesh: MeshConfig, config: ModelConfig) -> Layout | None:
-    if mesh.stage != 1:
-        raise ValueError(
-            f"mesh {mesh}: stages are for training; a model is run on data, fsdp and tensor, "
-            "whatever it was trained on"
-        )
+    check_inference_mesh(mesh)
     return make_layout(mesh, config)
 
 

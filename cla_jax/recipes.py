@@ -12,18 +12,18 @@ from typing import Literal
 from cla_jax.configs import DataConfig, ExecutionConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
+    "LOSS_CHUNK",
     "MLKV_SCALES",
     "RECIPES",
     "SCALES",
     "Scale",
-    "chunked",
     "climb",
     "mlkv",
     "next_rate",
     "recipe",
 ]
 
-_LOSS_CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB of a 50,432-word vocabulary's
+LOSS_CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB of a 50,432-word vocabulary's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Scale:
 
 
 # Whole segments unrolled: worth a quarter of the speed on a GPU (docs/results.md).
-_GPU = ExecutionConfig(unroll=20, loss_chunk=_LOSS_CHUNK)
+_GPU = ExecutionConfig(unroll=20, loss_chunk=LOSS_CHUNK)
 SCALES: dict[str, Scale] = {
     "tiny": Scale(
         tokens=300 * 4 * 256, sequence_length=256, batch_size=4, micro_batch=0, learning_rate=3e-3,
@@ -115,7 +115,6 @@ def recipe(
     # The scale's micro-batch is made to divide; one that was asked for must.
     micro = math.gcd(scale.micro_batch, size) if scale.micro_batch else 0
     micro = micro if micro_batch is None else micro_batch
-    at_once = (micro or size) * scale.sequence_length
     return TrainConfig(
         steps=steps,
         micro_batch_size=micro,
@@ -125,19 +124,12 @@ def recipe(
             scale.optimizer,
             learning_rate=scale.learning_rate if learning_rate is None else learning_rate,
         ),
-        execution=chunked(scale.execution, at_once),
+        execution=scale.execution,
         eval_every=-(-steps // scale.validations),
         eval_tokens=scale.validation_tokens,
         checkpoint_every=max(-(-steps // scale.validations), min(100, steps)),
         log_every=min(scale.log_every, steps),
     )
-
-
-def chunked(execution: ExecutionConfig, tokens: int) -> ExecutionConfig:
-    """The same, with the largest loss chunk that divides a device's so many tokens."""
-    most = min(execution.loss_chunk, tokens)
-    chunk = next((size for size in range(most, 0, -1) if tokens % size == 0), 0)
-    return dataclasses.replace(execution, loss_chunk=chunk)
 
 
 # CLA section 3.2.2: from 3e-4 "in multiplicative increments of 1.5x", as Tables 3 and 5 print it.

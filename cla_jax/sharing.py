@@ -264,7 +264,10 @@ class KVSharing:
 
     @property
     def stage_counts(self) -> tuple[int, ...]:
-        """Every number of equal pipeline stages that splits no sharing group."""
+        """Every number of equal stages, of all layers, that splits no sharing group.
+
+        Those that a pipeline here can have are `pipeline_stages`.
+        """
         cuts, depth = set(self.free_cuts), self.num_layers
         return tuple(
             n
@@ -311,7 +314,11 @@ class KVSharing:
 
     @functools.cached_property
     def pipeline_stages(self) -> tuple[int, ...]:
-        """Every number of stages that a pipeline can have, 1 first: divisors of its body."""
+        """Every number of stages that a pipeline can have, 1 (none) first: divisors of its body.
+
+        Layers outside the body are in no stage, so that there may be counts which `stage_counts`
+        lacks; and every stage is the same program, so that there may be fewer.
+        """
         if self.pipeline_body is None:
             return (1,)
         body = self.segments[self.pipeline_body]
@@ -321,10 +328,14 @@ class KVSharing:
     def pipeline(self, num_stages: int) -> tuple[range, ...]:
         """The layers of each stage of a pipeline; those in none run outside it.
 
+        One stage is no pipeline, and has all layers.
+
         Raises:
             ValueError: the body does not divide so, or there is none; says why, and names the stage
                 counts or the patterns that work.
         """
+        if num_stages == 1:
+            return (range(self.num_layers),)
         if self.pipeline_body is None:
             body = max(self.segments, key=_length)
             edges = {0, self.num_layers, *self.free_cuts}
@@ -336,7 +347,8 @@ class KVSharing:
             raise ValueError(
                 f"{num_stages} pipeline stages: every stage runs the same layers, and the longest "
                 f"repeated stretch of this map, layers {body.start} to {body.stop - 1}, {why}; "
-                "patterns that work repeat a group of layers: none, CLA2, CLA2-KeepEnds"
+                f"patterns of {self.num_layers} layers that work: "
+                f"{_pipelined_patterns(self.num_layers, num_stages)}"
             )
         body = self.segments[self.pipeline_body]
         if num_stages not in self.pipeline_stages:
@@ -383,6 +395,19 @@ class KVSharing:
 
 def _length(segment: Segment) -> int:
     return segment.stop - segment.start
+
+
+def _pipelined_patterns(num_layers: int, num_stages: int) -> str:
+    """The named patterns that have so many stages, or where none has, all with what they have."""
+    names = [f"CLA{factor}{ends}" for ends in ("", "-KeepEnds") for factor in (2, 3, 4)
+             if factor <= num_layers - 2 * bool(ends)]  # fmt: skip
+    counts = {name: KVSharing.from_name(name, num_layers).pipeline_stages[1:]
+              for name in ("none", *names)}  # fmt: skip
+    if fitting := [name for name, found in counts.items() if num_stages in found]:
+        return ", ".join(fitting)
+    return ", ".join(
+        f"{name} ({', '.join(map(str, found))} stages)" for name, found in counts.items() if found
+    )
 
 
 def _shifted(segment: Segment) -> KVSharing:

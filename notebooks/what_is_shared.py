@@ -56,7 +56,7 @@ print(sharing.diagram())
 # %%
 print("KV layers:", sharing.kv_layers, "of", sharing.num_layers)
 print("cache slot of each layer:", sharing.cache_slots)
-print("equal pipeline stages that split no group:", sharing.stage_counts)
+print("pipeline stages that split no group:", sharing.pipeline_stages)
 
 # %% [markdown]
 # ## The papers' patterns

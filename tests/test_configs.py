@@ -180,6 +180,14 @@ def test_run_settings_that_make_no_sense_are_refused(make, words):
         make()
 
 
+@pytest.mark.parametrize(
+    ("most", "tokens", "chunk"),
+    [(0, 100, 100), (4096, 100, 100), (4096, 8192, 4096), (4096, 6144, 3072), (4096, 4099, 2050)],
+)
+def test_chunks_of_the_loss_are_nearly_equal(most, tokens, chunk):
+    assert ExecutionConfig(loss_chunk=most).loss_chunk_of(tokens) == chunk
+
+
 def test_defaults_are_the_cla_recipe():
     """CLA section 3.1: 2048 sequences of 2048 tokens; AdamW, 5 % warm-up, cosine to 10 %."""
     train = TrainConfig(steps=10)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cla_jax.experiment import ExperimentOptions, open_data
-from cla_jax.recipes import MLKV_SCALES, SCALES, chunked, climb, mlkv, next_rate, recipe
+from cla_jax.recipes import MLKV_SCALES, SCALES, climb, mlkv, next_rate, recipe
 
 
 def test_1b_is_the_papers_recipe():
@@ -30,7 +30,6 @@ def test_seeds_share_the_data_order():
 def test_tokens_become_steps():
     training = recipe(SCALES["mini"], tokens=20e6, batch_size=3)
     assert training.steps == round(20e6 / (3 * 2048))
-    assert 3 * 2048 % training.execution.loss_chunk == 0
     with pytest.raises(ValueError, match=r"tokens=100 .*16 x 2048.*least is 32768"):
         recipe(SCALES["mini"], tokens=100.0)
     with pytest.raises(ValueError, match="tokens=nan"):
@@ -65,16 +64,6 @@ def test_mlkv_is_the_same_at_both_papers_scales_and_packs_nothing_at_tiny():
     assert tiny.data.packing == "concat"
     assert tiny.steps / source.steps < 0.15
     assert mlkv().checkpoint_every < 2500
-
-
-def test_a_chunk_is_the_largest_that_divides():
-    execution = dataclasses.replace(SCALES["mini"].execution, loss_chunk=4096)
-    for tokens, chunk in ((6000, 3000), (6144, 3072), (8192, 4096), (100, 100), (4099, 1)):
-        assert chunked(execution, tokens).loss_chunk == chunk
-
-
-def test_no_chunk_stays_none():
-    assert chunked(SCALES["tiny"].execution, 100).loss_chunk == 0
 
 
 def test_the_ladder_is_the_papers():

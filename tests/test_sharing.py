@@ -285,6 +285,7 @@ def test_a_pipeline_runs_the_same_layers_in_every_stage_and_no_kv_leaves_one(own
     assert sharing.pipeline_stages[0] == 1
     for n in range(-1, depth + 2):
         if n == 1:
+            assert sharing.pipeline(n) == (range(depth),)
             continue
         if n not in sharing.pipeline_stages:
             with pytest.raises(ValueError, match=rf"{n} pipeline stages.* that work"):
@@ -318,8 +319,10 @@ def test_pipelines_of_the_papers_patterns(owners, counts, outside):
     ("owners", "stages", "why"),
     [(KEEP_ENDS, 2, r"separate layers that share K/V.* work: 1, 3, 9 \(the nearest is 1\)"),
      (CLA2, 3, "layers 0 to 19, 20 of 20, do not divide.* work: 1, 2, 5, 10 .*nearest is 2"),
-     (DENSE_FRONT, 2, "layers 0 to 9, shares K/V with other layers.*CLA2, CLA2-KeepEnds"),
+     (DENSE_FRONT, 2, "layers 0 to 9, shares K/V with other.* 20 layers that work: none, CLA2, "),
+     (DENSE_FRONT, 9, "patterns of 20 layers that work: CLA2-KeepEnds$"),
      (DENSE_BACK, 2, "layers 2 to 10, shares K/V with other layers.*none, CLA2"),
+     (DENSE_BACK, 7, r"that work: none \(2, 4, 5, 10, 20 stages\), CLA2 \(2, 5, 10 stages\)"),
      ((0, 1, 2, 2, 2, 5), 3, "is only 2 of 6 layers|shares K/V")],
 )  # fmt: skip
 def test_refused_pipelines_say_why_and_what_works(owners, stages, why):

@@ -92,7 +92,7 @@ class Diagram:
             shared = sharing.num_layers - sharing.kv_layers
             print(
                 f"{name}: {sharing.num_layers} layers, {sharing.kv_layers} KV layers, {shared} "
-                f"readers; equal pipeline stages: {', '.join(map(str, sharing.stage_counts))}"
+                f"readers; pipeline stages: {', '.join(map(str, sharing.pipeline_stages))}"
             )
             print(sharing.diagram() + "\n")
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cla_jax import registry
-from cla_jax.configs import CacheDtype, MeshConfig, Remat
+from cla_jax.configs import CacheDtype, MeshConfig, ModelConfig, Remat
+from cla_jax.recipes import RECIPES
 
 if TYPE_CHECKING:
     from cla_jax.evaluation.mesh_plan import MeshPlan
@@ -73,10 +74,7 @@ class Plan:
         )
         console.print(_summary(plan, bandwidth))
         if context > config.sequence_length:
-            print(
-                f"\nnote: the model was trained on {config.sequence_length:,} tokens; a context of "
-                f"{context:,} is planned for memory alone"
-            )
+            print(_longer(config, context))
         print()
         console.print(terminal_table(others, columns(self.batch, context, bandwidth)))
         if self.figure is not None:
@@ -135,16 +133,23 @@ class PlanMesh:
     target: str
     """Devices: a TPU topology (v5e:4x4, v5p:4x4x4, v6e:4x4, v4:2x2x4), or cpu:8 without libtpu.
     XLA for CPUs sends 16-bit values as 32-bit ones, and its temporaries are not a TPU's."""
-    programs: tuple[Literal["train", "prefill", "decode"], ...] = ("train", "prefill", "decode")
-    """What is compiled."""
+    programs: tuple[Literal["train", "prefill", "decode"], ...] | None = None
+    """What is compiled. Default: all; with stages or a preset train alone, with a longer context
+    than in training the others."""
+    preset: Literal["tiny", "cla-1b", "cla-3b", "mlkv"] | None = None
+    """The training step that `cla-jax train` takes with it, but for what is named here."""
     batch: int | None = None
-    """Rows over all devices. Default: as many as there are devices."""
+    """Rows over all devices. Default: the preset's, or as many as there are devices."""
+    micro_batch: int | None = None
+    """Of the training step: rows of a forward and backward pass. Default: the preset's, or all."""
+    microbatches: int | None = None
+    """Of a pipeline: parts that these are cut into. Default: up to four a stage."""
     context: int | None = None
     """Tokens of a row; of a cache, its room. Default: as many as in training."""
-    remat: Remat = "none"
-    """Of the training step: what its backward pass recomputes."""
-    unroll: int = 1
-    """Of its scans over layers; more compiles longer."""
+    remat: Remat | None = None
+    """Of the training step: what its backward pass recomputes. Default: the preset's, or none."""
+    unroll: int | None = None
+    """Of its scans over layers; more compiles longer. Default: the preset's, or 1."""
     cache_dtype: CacheDtype = "bfloat16"
     """Of the K/V cache."""
     json: bool = False
@@ -160,11 +165,13 @@ class PlanMesh:
             config, mesh, self.target, self.programs,
             MeshWork(
                 batch=self.batch, context=self.context, remat=self.remat, unroll=self.unroll,
-                cache_dtype=self.cache_dtype,
+                cache_dtype=self.cache_dtype, micro_batch=self.micro_batch,
+                microbatches=self.microbatches,
+                recipe=None if self.preset is None else RECIPES[self.preset],
             ),
         )  # fmt: skip
         if self.json:
-            print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+            print(json.dumps([_values(plan) for plan in plans], indent=2))
             return
         one = plans[0]
         devices = f"{one.target} ({one.device})"
@@ -172,9 +179,28 @@ class PlanMesh:
             f"{one.model} on {devices}, mesh {one.mesh}, batch {one.batch:,}, context "
             f"{one.context:,}; of each device\n"
         )
+        if one.schedule is not None:
+            print(f"train: {one.schedule}\n")
         Console().print(_mesh_table(plans))
+        if one.context > config.sequence_length:
+            print(_longer(config, one.context))
         if not all(plan.fits for plan in plans):
-            print("\nWhat does not fit may with fewer rows (--batch), --remat full or more fsdp.")
+            print(
+                "\nWhat does not fit may with fewer rows (--batch, --micro-batch), --remat full or "
+                "more fsdp."
+            )
+
+
+def _longer(config: ModelConfig, context: int) -> str:
+    return (
+        f"\nnote: the model was trained on {config.sequence_length:,} tokens; a context of "
+        f"{context:,} is planned for memory alone"
+    )
+
+
+def _values(plan: "MeshPlan") -> dict[str, object]:
+    schedule = None if plan.schedule is None else plan.schedule.record
+    return {**dataclasses.asdict(plan), "schedule": schedule}
 
 
 def _mesh_table(plans: "list[MeshPlan]") -> Table:

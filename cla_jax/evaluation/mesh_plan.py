@@ -28,14 +28,15 @@ from cla_jax.evaluation.ahead_of_time import (
     target_devices,
 )
 from cla_jax.evaluation.collectives import bytes_by_axis, collectives
-from cla_jax.parallel import Layout, check_mesh
-from cla_jax.recipes import chunked
+from cla_jax.parallel import Layout, Schedule, check_inference_mesh, check_mesh
+from cla_jax.recipes import LOSS_CHUNK
 
-__all__ = ["MeshPlan", "MeshWork", "plan_mesh"]
+__all__ = ["PROGRAMS", "MeshPlan", "MeshWork", "plan_mesh"]
+
+PROGRAMS: tuple[Program, ...] = ("train", "prefill", "decode")
 
 _REQUIRED = re.compile(r"required.*?\((\d+(?:\.\d+)?)([KMG])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-_LOSS_CHUNK = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,12 @@ class MeshWork:
     """What is to be done at once, over all devices.
 
     Attributes:
-        batch: rows; default: as many as there are devices.
-        context: tokens of a row, of a cache its room; default the model's sequence length.
+        batch: rows; default: the recipe's, or as many as there are devices.
+        context: tokens of a row, of a cache its room; default the recipe's, or the model's.
+        recipe: of the training step, in which what else is given here is changed. None: the
+            defaults of `ExecutionConfig` with the presets' loss chunk, the batch at once.
+        micro_batch: rows of a forward and backward pass; 0: the whole batch.
+        microbatches: of a pipeline.
         remat: of the training step.
         unroll: of its scans over layers.
         cache_dtype: of the K/V cache.
@@ -52,8 +57,11 @@ class MeshWork:
 
     batch: int | None = None
     context: int | None = None
-    remat: Remat = "none"
-    unroll: int = 1
+    recipe: TrainConfig | None = None
+    micro_batch: int | None = None
+    microbatches: int | None = None
+    remat: Remat | None = None
+    unroll: int | None = None
     cache_dtype: CacheDtype = "bfloat16"
 
 
@@ -69,6 +77,7 @@ class MeshPlan:
         mesh: devices along each axis.
         batch: rows over all devices.
         context: tokens of a row.
+        schedule: how a training step's rows are dealt out; None for other programs.
         arguments: what lies there before: state or weights, cache, inputs.
         temporaries: while it runs; None if it does not fit, and XLA gave up before it knew.
         total: of both, of results that are no argument's place, and of the program itself.
@@ -84,6 +93,7 @@ class MeshPlan:
     mesh: str
     batch: int
     context: int
+    schedule: Schedule | None
     arguments: int | None
     temporaries: int | None
     total: int | None
@@ -96,7 +106,7 @@ def plan_mesh(
     config: ModelConfig,
     mesh: MeshConfig,
     target: str,
-    programs: tuple[Program, ...] = ("train", "prefill", "decode"),
+    programs: tuple[Program, ...] | None = None,
     work: MeshWork | None = None,
 ) -> list[MeshPlan]:
     """Compile a model's programs for a mesh of target devices.
@@ -105,24 +115,22 @@ def plan_mesh(
         config: the model.
         mesh: devices along each axis.
         target: `v5e:4x4`, `cpu:8`; see `target_devices`.
-        programs: the training step, the prefill of whole prompts, a step of decoding.
+        programs: the training step, the prefill of whole prompts, a step of decoding. None: those
+            that the mesh, the recipe and the context are for.
         work: batch, context and the like.
 
     Raises:
         ValueError: a target that cannot be compiled for, a mesh that does not fit the devices, the
-            model or the batch; names what works.
+            model or the batch; names what works. A program that the mesh, the recipe or the context
+            is not for.
     """
     work = work or MeshWork()
     devices = target_devices(target)
     layout = Layout.on(mesh, config, devices)
-    batch = layout.mesh.size if work.batch is None else work.batch
-    context = config.sequence_length if work.context is None else work.context
-    for name, value in (("batch", batch), ("context", context)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected 1 or more")
-    training = _training(layout, batch, context, work)
-    if "train" in programs:
-        check_mesh(config, dataclasses.replace(training, mesh=layout.mesh_config), devices)
+    asked = _programs(config, layout.mesh_config, work, programs)
+    training = _training(config, layout, work)
+    batch, context = training.data.batch_size, training.data.sequence_length
+    schedule = check_mesh(config, training, devices) if "train" in asked else None
     inference = {"batch": batch, "length": context, "dtype": work.cache_dtype}
     compile_: dict[Program, Callable[[], jax.stages.Compiled]] = {
         "train": lambda: compile_train_step(config, training, layout),
@@ -135,18 +143,73 @@ def plan_mesh(
         "batch": batch, "context": context, "memory": TPU_MEMORY.get(kind),
     }  # fmt: skip
     return [
-        MeshPlan(program=program, **common, **_measured(compile_[program], layout))
-        for program in programs
+        MeshPlan(
+            program=program,
+            schedule=schedule if program == "train" else None,
+            **common,
+            **_measured(compile_[program], layout),
+        )
+        for program in asked
     ]
 
 
-def _training(layout: Layout, batch: int, context: int, work: MeshWork) -> TrainConfig:
-    execution = ExecutionConfig(remat=work.remat, unroll=work.unroll, loss_chunk=_LOSS_CHUNK)
-    return TrainConfig(
+def _programs(
+    config: ModelConfig, mesh: MeshConfig, work: MeshWork, asked: tuple[Program, ...] | None
+) -> tuple[Program, ...]:
+    """What is compiled: what was asked for, if it can be; else all that can."""
+    fits: list[Program] = []
+    for program in PROGRAMS if asked is None else asked:
+        try:
+            _check_program(config, mesh, work, program)
+        except ValueError:
+            if asked is not None:
+                raise
+        else:
+            fits.append(program)
+    if not fits:  # says why
+        _check_program(config, mesh, work, "train")
+    return tuple(fits)
+
+
+def _check_program(config: ModelConfig, mesh: MeshConfig, work: MeshWork, program: Program) -> None:
+    context = work.context or (work.recipe.data.sequence_length if work.recipe else 0)
+    if program == "train" and context > config.sequence_length:
+        raise ValueError(
+            f"context={context} is longer than the {config.sequence_length} tokens that "
+            f"{config.name} is trained on at most: give a shorter one, or plan prefill and decode "
+            "without a recipe"
+        )
+    if program != "train":
+        check_inference_mesh(mesh)
+        if work.recipe is not None:
+            raise ValueError(f"a recipe is of training, not of {program}: plan train alone")
+
+
+def _training(config: ModelConfig, layout: Layout, work: MeshWork) -> TrainConfig:
+    """The recipe that is asked for, on the mesh."""
+    for name in ("batch", "context"):
+        if (value := getattr(work, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected 1 or more")
+    recipe = work.recipe or TrainConfig(
         steps=1000,
-        data=DataConfig(sequence_length=context, batch_size=batch),
-        execution=chunked(execution, batch * context // layout.shards("batch_loss")),
+        data=DataConfig(sequence_length=config.sequence_length, batch_size=layout.mesh.size),
+        execution=ExecutionConfig(loss_chunk=LOSS_CHUNK),
     )
+
+    def changed[C: (TrainConfig, DataConfig, ExecutionConfig)](whole: C, **values: Any) -> C:
+        given = {name: value for name, value in values.items() if value is not None}
+        return dataclasses.replace(whole, **given)
+
+    return changed(
+        recipe,
+        micro_batch_size=work.micro_batch,
+        data=changed(recipe.data, batch_size=work.batch, sequence_length=work.context),
+        execution=changed(
+            recipe.execution, remat=work.remat, unroll=work.unroll,
+            pipeline_microbatches=work.microbatches,
+        ),
+        mesh=layout.mesh_config,
+    )  # fmt: skip
 
 
 def _measured(compile_: Callable[[], jax.stages.Compiled], layout: Layout) -> dict[str, Any]:

@@ -32,7 +32,7 @@ type ContextLayerFn[X, P, C] = Callable[[P, X, Any, C], tuple[X, Any]]
 """`layer(parameters, x, kv, context) -> (x, kv)`: a `LayerFn` that is handed what it reads beside
 its input, since a stage reads only that of its microbatch."""
 
-_MICROBATCHES_PER_STAGE = 4  # from which on the bubble is small (GPipe, section 2.3)
+MICROBATCHES_PER_STAGE = 4  # from which on the bubble is small (GPipe, section 2.3)
 
 
 def pipeline_layers[X, C](
@@ -61,31 +61,35 @@ def pipeline_layers[X, C](
         `x` after the last layer.
 
     Raises:
-        ValueError: as `scan_layers`; stages that the map cannot be cut into, rows that the
-            microbatches do not divide.
+        ValueError: as `scan_layers`; an array of `x` without rows, or with other rows than the
+            rest; one of `context` whose first axis is neither `B` nor 1; stages that the map cannot
+            be cut into, rows that the mesh or the microbatches do not divide.
     """
+    check_layers(sharing, layers)
+    rows = _check_rows(x, context)
     stages = shards("layers")
 
-    def with_context(parameters: Any, x: X, kv: Any) -> tuple[X, Any]:
-        return layer(parameters, x, kv, context)
+    def run(segments: slice, x: X, context: C) -> X:
+        return run_segments(
+            lambda parameters, x, kv: layer(parameters, x, kv, context),
+            sharing, sharing.segments[segments], layers[segments], x, execution,
+        )  # fmt: skip
 
-    check_layers(sharing, layers)
     if stages == 1:
-        return run_segments(with_context, sharing, sharing.segments, layers, x, execution)
+        return run(slice(None), x, context)
     sharing.pipeline(stages)  # refuses
     place = sharing.pipeline_body
     assert place is not None
-    count = microbatches(execution, len(jax.tree.leaves(x)[0]), stages, shards("batch"))
+    count = microbatches(execution, rows, stages, shards("batch"))
 
     def outside(x: X, segments: slice) -> X:
         """Layers in no stage: every stage's devices run them on some of the rows."""
-        if not (beside := sharing.segments[segments]):
+        if not sharing.segments[segments]:
             return x
+        spread, read = _filled_up(x, rows), _filled_up(context, rows)
         with laid_out_as(batch="batch_outside"):
-            x = run_segments(
-                with_context, sharing, beside, layers[segments], _rows(x), execution
-            )  # fmt: skip
-        return _rows(x)
+            spread = _rows(run(segments, _rows(spread), read))
+        return _rows(_without_filling(_rows(spread), rows))
 
     x, context = jax.tree.map(jnp.asarray, (x, context))
     x = outside(x, slice(0, place))
@@ -104,19 +108,49 @@ def microbatches(execution: ExecutionConfig, rows: int, stages: int, shards: int
         shards: parts that every microbatch's rows are split into.
 
     Raises:
-        ValueError: they do not divide the rows; names the nearest number that does.
+        ValueError: they, or the shards, do not divide the rows; names the nearest number that does.
     """
+    if rows % shards:
+        raise ValueError(
+            f"{rows} rows: the mesh splits them by {shards} (data and fsdp); the nearest number "
+            f"that works is {max(round(rows / shards), 1) * shards}"
+        )
     count, whole = execution.pipeline_microbatches, rows // shards
     if not count:
-        most = min(_MICROBATCHES_PER_STAGE * stages, whole)
-        return max(n for n in range(1, max(most, 1) + 1) if whole % n == 0)
-    if rows % (count * shards):
+        most = min(MICROBATCHES_PER_STAGE * stages, whole)
+        return max(n for n in range(1, most + 1) if whole % n == 0)
+    if whole % count:
         over = f" on each of {shards} data and fsdp shards" if shards > 1 else ""
         raise ValueError(
-            f"pipeline_microbatches={count} does not divide a batch of {rows} rows{over}; the "
-            f"nearest that does is {nearest_divisor(max(whole, 1), count)}"
+            f"pipeline_microbatches={count} does not divide the {whole} rows of a forward and "
+            f"backward pass{over}; the nearest that does is {nearest_divisor(whole, count)}"
         )
     return count
+
+
+def _check_rows(x: Any, context: Any) -> int:
+    """The number of rows, `B`, of a batch and of what is read beside it."""
+
+    def shapes(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in leaves]
+
+    given = shapes(x)
+    rows = next((shape[0] for _, shape in given if shape), 0)
+    if wrong := next(((at, shape) for at, shape in given if shape[:1] != (rows,)), None):
+        raise ValueError(
+            f"x{wrong[0]} has shape {list(wrong[1])}: expected a first axis of "
+            f"{rows or 'B, 1 or more,'} rows, as in all arrays of x"
+        )
+    if not rows:
+        raise ValueError("x holds no rows: expected arrays [B, ...] with B of 1 or more")
+    for at, shape in shapes(context):
+        if shape[:1] not in ((rows,), (1,)):
+            raise ValueError(
+                f"context{at} has shape {list(shape)}: expected a first axis of {rows} rows, as x "
+                "has, or of 1, for all rows"
+            )
+    return rows
 
 
 def _body(
@@ -135,7 +169,7 @@ def _body(
         lambda a: _by_stage(jnp.asarray(a).reshape(stages, -1, *a.shape[1:]), 0), list(stacked)
     )
     leaves, structure = jax.tree.flatten(context)
-    own = [leaf.shape[0] == rows and rows > 1 for leaf in leaves]
+    own = [len(leaf) == rows > 1 for leaf in leaves]
     leaves = [_cut(leaf, count) if mine else leaf for leaf, mine in zip(leaves, own, strict=True)]
 
     def stage(parameters: Any, x: Any, number: jax.Array, tick: jax.Array) -> Any:
@@ -217,6 +251,43 @@ def _cut(x: jax.Array, count: int) -> jax.Array:
 def _joined(cut: jax.Array) -> jax.Array:
     """The inverse of `_cut`."""
     return _rows(cut.swapaxes(0, 1).reshape(-1, *cut.shape[2:]))
+
+
+def _filled_up(tree: Any, rows: int) -> Any:
+    """Arrays of so many rows with more of them, so that the stages divide a shard's; others as is.
+
+    Stages share the rows of layers outside them. Every shard gets more of its own, so that no row
+    moves: copies, so that no layer meets what it was not made for.
+    """
+    whole, more = _rows_of_a_shard(rows)
+
+    def fill(a: jax.Array) -> jax.Array:
+        if len(a) != rows or not more:
+            return a
+        cut = a.reshape(rows // whole, whole, *a.shape[1:])
+        copies = jnp.broadcast_to(cut[:, :1], (len(cut), more, *a.shape[1:]))
+        filled = jnp.concatenate([cut, jax.lax.stop_gradient(copies)], axis=1)
+        return filled.reshape(-1, *a.shape[1:])
+
+    return jax.tree.map(fill, tree)
+
+
+def _without_filling(tree: Any, rows: int) -> Any:
+    """The inverse of `_filled_up`, of arrays that have rows."""
+    whole, more = _rows_of_a_shard(rows)
+    return jax.tree.map(
+        lambda a: a.reshape(rows // whole, whole + more, *a.shape[1:])[:, :whole].reshape(
+            rows, *a.shape[1:]
+        ),
+        tree,
+    )
+
+
+def _rows_of_a_shard(rows: int) -> tuple[int, int]:
+    """Rows that a part of the batch has, and those that it lacks for all stages to have as many."""
+    parts = shards("batch")
+    whole = rows // parts
+    return whole, -whole % (shards("batch_outside") // parts)
 
 
 def _rows(x: Any) -> Any:

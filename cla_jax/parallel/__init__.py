@@ -1,9 +1,15 @@
 """Many devices: meshes, and the rules that lay logical axes out over them."""
 
 from cla_jax._mesh import MeshConfig
-from cla_jax.parallel.layout import Layout, check_mesh, in_force, make_layout
+from cla_jax.parallel.layout import (
+    Layout,
+    check_inference_mesh,
+    check_mesh,
+    in_force,
+    make_layout,
+)
 from cla_jax.parallel.mesh import make_mesh
-from cla_jax.parallel.pipeline import PipelineIdeal, pipeline_ideal
+from cla_jax.parallel.pipeline import PipelineIdeal, Schedule, pipeline_ideal
 from cla_jax.parallel.processes import ProcessConfig, join
 from cla_jax.parallel.rules import Rules
 
@@ -13,6 +19,8 @@ __all__ = [
     "PipelineIdeal",
     "ProcessConfig",
     "Rules",
+    "Schedule",
+    "check_inference_mesh",
     "check_mesh",
     "in_force",
     "join",

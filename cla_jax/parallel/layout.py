@@ -16,7 +16,7 @@ from cla_jax._mesh import MeshConfig
 from cla_jax.configs import ModelConfig, TrainConfig
 from cla_jax.models.sharding import use_rules
 from cla_jax.parallel.mesh import make_mesh, resolve_mesh
-from cla_jax.parallel.pipeline import check_pipeline
+from cla_jax.parallel.pipeline import Schedule
 from cla_jax.parallel.rules import Rules
 
 
@@ -108,8 +108,8 @@ def make_layout(
 
 def check_mesh(
     model: ModelConfig, training: TrainConfig, devices: Sequence[Any] | None = None
-) -> None:
-    """Whether a model can be trained on the mesh that its recipe names.
+) -> Schedule:
+    """Whether a model can be trained on the mesh that its recipe names, and how its rows go there.
 
     Args:
         model: its sizes.
@@ -117,29 +117,25 @@ def check_mesh(
         devices: of the mesh; default all that there are.
 
     Raises:
-        ValueError: sizes that do not fit devices, model or (micro-)batch, a chunk of the loss that
-            does not divide a device's tokens, microbatches of a pipeline that do not divide the
-            batch or that no stage is there for; names those that do.
+        ValueError: sizes that do not fit devices, model or (micro-)batch, microbatches of a
+            pipeline that do not divide a pass, that no stage is there for, or that nobody named and
+            are fewer than the stages; names those that work.
     """
     layout = Layout.on(training.mesh, model, devices)
-    mesh = layout.mesh_config
-    shards = mesh.batch_shards
-    rows = training.micro_batch_size or training.data.batch_size
-    if rows % shards:
-        field = "micro_batch_size" if training.micro_batch_size else "batch_size"
+    return Schedule.of(training, layout.mesh_config)
+
+
+def check_inference_mesh(mesh: MeshConfig) -> None:
+    """Whether a model can be run on a mesh, whatever it was trained on.
+
+    Raises:
+        ValueError: it has stages, which nothing but training has a use for.
+    """
+    if mesh.stage != 1:
         raise ValueError(
-            f"mesh {mesh} splits a batch by {shards} (data and fsdp), which does not divide "
-            f"{field}={rows}; the nearest that works is {max(round(rows / shards), 1) * shards}"
+            f"mesh {mesh}: stages are for training; a model is run on data, fsdp and tensor, "
+            "whatever it was trained on"
         )
-    check_pipeline(model, training.execution, mesh, rows)
-    tokens, parts = rows * training.data.sequence_length, layout.shards("batch_loss")
-    if tokens % parts:
-        raise ValueError(
-            f"mesh {mesh} splits the loss by {parts} ({', '.join(layout.rules.batch_loss)}), which "
-            f"does not divide the {tokens} tokens of {rows} rows; the nearest that works is "
-            f"{max(round(rows / parts), 1) * parts} rows"
-        )
-    training.execution.loss_chunk_of(tokens // parts)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
@@ -46,6 +47,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     resolved = resolve_mesh(config, found)
     shape, taken = tuple(resolved.sizes[axis] for axis in _ORDER), found[: resolved.devices]
     types = (AxisType.Auto,) * len(shape)
+    if len(taken) < len(found):  # no torus of their own, which a TPU's mesh would be fitted to
+        return Mesh(np.asarray(taken).reshape(shape), _ORDER, axis_types=types)
     try:
         return jax.make_mesh(shape, _ORDER, axis_types=types, devices=taken)
     except NotImplementedError:

@@ -1,5 +1,7 @@
 """Cross-entropy of next tokens without a whole vocabulary of float32 logits at a time."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,7 +38,7 @@ def token_losses(
     rows = tuple(_in_chunks(model, x) for x in (hidden, targets))
     with laid_out_as(batch="batch_loss"):
         chunks = jax.lax.map(lambda xy: losses(*xy), rows)
-    return chunks.swapaxes(0, 1).reshape(targets.shape)
+    return _from_chunks(model, chunks, *targets.shape)
 
 
 def weighted_loss(
@@ -144,15 +146,37 @@ def _losses(
 
 
 def _in_chunks(model: Decoder, x: jax.Array) -> jax.Array:
-    """`[B, T, ...]` as `[chunks, devices, tokens, ...]`: a device's tokens are of its own rows."""
-    tokens, devices = x.shape[0] * x.shape[1], shards("batch_loss")
-    if tokens % devices:
-        raise ValueError(
-            f"the mesh splits the loss by {devices}, which does not divide {tokens} tokens"
-        )
-    chunk = model.execution.loss_chunk_of(tokens // devices)
-    dealt = x.reshape(devices, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+    """`[B, T, ...]` as `[chunks, devices, tokens, ...]`: a device's tokens are of its own rows.
+
+    Where they are no whole chunks, zeros fill up the last tokens of a part of the batch.
+    """
+    parts, devices, chunks, chunk = _chunking(model, x.shape[0] * x.shape[1])
+    cut = x.reshape(parts, -1, *x.shape[2:])
+    if more := devices * chunks * chunk // parts - cut.shape[1]:
+        # Where the stages are to share the tokens, each cuts its own out of all of a part's.
+        cut = constrain(cut, "batch", *[None] * (cut.ndim - 1))
+        cut = jnp.pad(cut, [(0, 0), (0, more)] + [(0, 0)] * (cut.ndim - 2))
+        cut = constrain(cut, "batch", *[None] * (cut.ndim - 1))
+    dealt = cut.reshape(devices, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
     return constrain(dealt, None, "batch_loss", *[None] * (dealt.ndim - 2))
+
+
+def _from_chunks(model: Decoder, chunks: jax.Array, rows: int, length: int) -> jax.Array:
+    """The inverse of `_in_chunks`, for `[B, T]`."""
+    parts, *_ = _chunking(model, rows * length)
+    own = chunks.swapaxes(0, 1).reshape(parts, -1)[:, : rows * length // parts]
+    return own.reshape(rows, length)
+
+
+def _chunking(model: Decoder, tokens: int) -> tuple[int, int, int, int]:
+    """Parts of the batch, devices that share their tokens, a device's chunks, tokens of one."""
+    devices = shards("batch_loss")
+    parts = math.gcd(shards("batch"), devices)
+    if tokens % parts:
+        raise ValueError(f"the mesh splits {tokens} tokens by {parts}, which does not divide them")
+    own = -(-(tokens // parts) // (devices // parts))
+    chunk = model.execution.loss_chunk_of(own)
+    return parts, devices, -(-own // chunk), chunk
 
 
 def _of_devices(x: jax.Array, *axes: str | None) -> jax.Array:

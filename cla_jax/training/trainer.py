@@ -108,11 +108,11 @@ def train(
 
     Raises:
         ValueError: a tokenizer larger than the model's vocabulary, a sequence length longer than
-            the model's, a stream shorter than one batch, a `loss_chunk` that does not divide a
-            device's tokens, initial parameters of another model, a mesh that does not fit devices,
-            model or batch, a directory that holds a run (of another
-            configuration or other initial parameters, or without `resume`). All of them before
-            anything is written.
+            the model's, a stream shorter than one batch, initial parameters of another model, a
+            mesh that does not fit devices, model or batch, a pipeline of fewer microbatches than
+            stages that were not asked for, a directory that holds a run (of another configuration
+            or other initial parameters, or without `resume`). All of them before anything is
+            written.
         FloatingPointError: the loss or the gradient is not finite, or the validation loss has no
             perplexity; nothing of it is saved, checkpoints stay as they are.
         Interrupted: SIGTERM or SIGINT came, of several processes to any; a checkpoint was saved.
@@ -135,11 +135,12 @@ def train(
     console = Console(quiet=True) if on_record is not None or not first else None
 
     path = attention_path(config.head_dim, jnp.dtype(training.execution.compute_dtype))
-    layout = make_layout(training.mesh, config)
+    layout, schedule = make_layout(training.mesh, config), check_mesh(config, training)
     resolved = {
         **identity,
         "execution": dataclasses.asdict(training.execution),
         "mesh": str(training.mesh if layout is None else layout.mesh_config),
+        "pass": schedule.record,
         "attention": f"{path.implementation}: {path.reason}",
         "versions": installed,
     }
@@ -200,6 +201,7 @@ def train(
                     f"{jax.device_count()} devices"
                     + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
                 )
+                progress.say(f"{config.name}: {schedule}")
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
             loop = _Loop(model, training, streams, checkpoints, log, progress, stop, layout)

@@ -66,7 +66,6 @@ from cla_jax.parallel import (
     in_force,
     make_layout,
 )
-from cla_jax.recipes import chunked
 from cla_jax.reporting.csv_records import append_record, read_records
 from cla_jax.reporting.many_devices import DeviceMeasurement, report, timings
 from cla_jax.training.hardware import peak_flops
@@ -200,7 +199,7 @@ def recipe(options: Benchmark, mesh: MeshConfig, rows: int, microbatches: int = 
     return TrainConfig(
         steps=1000,
         data=DataConfig(sequence_length=options.sequence_length, batch_size=rows),
-        execution=chunked(execution, max(rows * options.sequence_length // mesh.devices, 1)),
+        execution=execution,
         mesh=mesh,
     )
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import tyro
 
 from cla_jax.experiment import run_experiment
-from cla_jax.recipes import SCALES, chunked
+from cla_jax.recipes import SCALES
 from cla_jax.registry import match_models, model
 
 
@@ -67,7 +67,7 @@ def main(options: SystemCosts) -> int:
     scale = SCALES["mini" if options.gpu else "tiny"]
     failures = measure_all(
         configs, out / "costs.json", batch_size=batch, sequence_length=length,
-        execution=chunked(scale.execution, batch * length), repeats=repeats,
+        execution=scale.execution, repeats=repeats,
     )  # fmt: skip
     if len(failures) < len(configs):
         show(report([out]))

@@ -1,5 +1,6 @@
 import sys
 
+import jax
 import pytest
 
 from cla_jax import cli
@@ -8,6 +9,7 @@ from cla_jax import cli
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs the command; its exit code, standard output, and what it says of an error."""
+    jax.devices()  # as many as all tests have: `plan-mesh --target cpu:2` would make them two
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["cla-jax", *arguments])

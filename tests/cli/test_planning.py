@@ -93,7 +93,27 @@ def test_plan_mesh(run):
     code, out, _ = run(*arguments, "tensor=2", "--target", "cpu:2")
     assert code == 0
     assert "batch 2, context 256; of each device" in out
+    code, out, error = run(*arguments, "tensor=2", "--target", "cpu:2", "--context", "300")
+    assert code == 0, error
+    assert "note: the model was trained on 256 tokens" in out
     if importlib.util.find_spec("libtpu") is None:
         code, _, error = run(*arguments, "fsdp=4", "--target", "v5e:2x2")
         assert code == 1
         assert "needs the libtpu package: pip install libtpu" in error
+
+
+@pytest.mark.standard_dtype_promotion
+def test_plan_mesh_of_a_presets_pipeline(run):
+    """What `train` would run, but for what is named; of a pipeline nothing else is planned."""
+    arguments = ["plan-mesh", "--model", "tiny/MQA-CLA3", "--mesh", "stage=2", "--target", "cpu:2",
+                 "--preset", "tiny", "--context", "32"]  # fmt: skip
+    code, out, error = run(*arguments, "--batch", "8", "--micro-batch", "4", "--json")
+    assert code == 0, error
+    (plan,) = json.loads(out)
+    assert (plan["program"], plan["batch"], plan["context"]) == ("train", 8, 32)
+    assert plan["schedule"] == {
+        "rows": 4, "rows_per_device": 1, "stages": 2, "microbatches": 4, "bubble_percent": 25.0,
+    }  # fmt: skip
+    code, _, error = run(*arguments, "--microbatches", "3")
+    assert code == 1
+    assert "does not divide the 4 rows" in error

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cla_jax.configs import MeshConfig
 from cla_jax.evaluation.collectives import bytes_by_axis, collectives
 from cla_jax.evaluation.mesh_plan import MeshWork, plan_mesh
+from cla_jax.recipes import RECIPES
 from cla_jax.registry import model
 
 MESH = {"stage": 1, "data": 2, "fsdp": 2, "tensor": 2}
@@ -130,9 +131,27 @@ def test_a_plan_of_data_parallel_training():
         ("v5e:4", {"data": 2}, "expected a topology, such as v5e:4x4"),
         ("cpu:2", {"data": 4}, "what works: data=2"),
         ("cpu:8", {"tensor": 8}, "tensor sizes that work: 1, 2, 4"),
-        ("cpu:8", {"data": 3}, "does not divide batch_size=4"),
+        ("cpu:8", {"data": 3}, "does not divide a batch of 4 rows"),
+        ("cpu:8", {"stage": 3, "data": 2}, "fewer than its 3 stages"),
     ],
 )
 def test_what_cannot_be_planned(target, mesh, part):
     with pytest.raises(ValueError, match=part):
         plan_mesh(model("tiny/MQA-CLA2"), MeshConfig(**mesh), target, work=MeshWork(batch=4))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "programs", "work", "part"),
+    [
+        ({"stage": 3}, ("train", "decode"), {}, "mesh stage=3: stages are for training"),
+        ({"data": 2}, ("decode",), {"recipe": RECIPES["tiny"]}, "of training, not of decode"),
+        ({"data": 2}, ("train",), {"context": 257}, "longer than the 256 tokens"),
+        ({"stage": 3}, None, {"context": 257}, "longer than the 256 tokens"),
+        ({"data": 2}, None, {"recipe": RECIPES["cla-1b"]}, "context=2048 is longer"),
+        ({"data": 2}, None, {"context": 0}, "context=0: expected 1"),
+        ({"data": 2}, ("train",), {"batch": 4, "micro_batch": 3}, "the nearest that does is [24]"),
+    ],
+)
+def test_programs_that_a_mesh_or_a_context_is_not_for(mesh, programs, work, part):
+    with pytest.raises(ValueError, match=part):
+        plan_mesh(model("tiny/MQA-CLA2"), MeshConfig(**mesh), "cpu:8", programs, MeshWork(**work))

@@ -98,10 +98,11 @@ def test_a_pipelines_stages_run_the_kernel_and_send_activations_alone():
 
 
 @pytest.mark.parametrize(
-    ("target", "mesh"), [("v5p:4x4x4", "stage=2,fsdp=32"), ("v5e:4x4", "fsdp=2,tensor=8")]
+    ("target", "mesh"),
+    [("v5p:4x4x4", "stage=2,fsdp=32"), ("v5e:4x4", "fsdp=2,tensor=8"), ("v5p:2x2x4", "data=15")],
 )
 def test_sizes_that_no_axes_of_the_torus_make(target, mesh):
-    """32 of 4x4x4: an axis is cut."""
+    """32 of 4x4x4: an axis is cut; 15 of 16 are no torus."""
     layout = Layout.on(MeshConfig.parse(mesh), LARGE, target_devices(target))
     assert sorted(device.id for device in layout.mesh.devices.flat) == [*range(layout.mesh.size)]
 

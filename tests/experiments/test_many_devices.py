@@ -50,7 +50,7 @@ def test_measures_and_goes_on(tmp_path):
     ("changes", "message"),
     [
         ({"devices": 9}, "--devices 9: there are 8"),
-        ({"rows": 3, "microbatches": (3,)}, "mesh data=2 splits a batch by 2"),
+        ({"rows": 3, "microbatches": (3,)}, "mesh data=2 splits rows by 2"),
         ({"rows": 0}, "--rows 0: expected 1 or more"),
         ({"batch": 3}, "--batch 3 .* the nearest is 4"),
         ({"context": 16}, "--context 16: expected more than 32"),

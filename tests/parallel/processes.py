@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MAIN = "from cla_jax.cli import main; main()"
 TRAIN = (
-    "train", "tiny/MQA-CLA2", "--out", "run", "--text", "my.txt", "--data-dir", "data",
+    "--out", "run", "--text", "my.txt", "--data-dir", "data",
     "--training.data.sequence-length", "32", "--training.data.batch-size", "8",
     "--training.eval-tokens", "300", "--training.execution.compute-dtype", "float32",
     "--training.log-every", "1",
@@ -31,6 +31,7 @@ def started(
     *arguments: str,
     devices: int = 1,
     gpus: bool = False,
+    model: str = "tiny/MQA-CLA2",
     of_each: Sequence[Sequence[str]] = (),
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """The training command with these arguments, in so many processes; killed at the end.
@@ -52,7 +53,8 @@ def started(
     port = free_port()
     found = [
         subprocess.Popen(
-            [sys.executable, "-c", MAIN, *TRAIN, *arguments, *(of_each[index] if of_each else ()),
+            [sys.executable, "-c", MAIN, "train", model, *TRAIN, *arguments,
+             *(of_each[index] if of_each else ()),
              *(("--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process",
                 str(index)) if processes > 1 else ())],
             cwd=cwd, env=environment | ({"CUDA_VISIBLE_DEVICES": str(index)} if gpus else {}),

@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec
 
 from cla_jax.configs import DataConfig, ExecutionConfig, MeshConfig, TrainConfig
 from cla_jax.models.pipeline import microbatches
-from cla_jax.parallel import Rules, check_mesh, make_layout, make_mesh
+from cla_jax.parallel import Rules, Schedule, check_mesh, make_layout, make_mesh
+from cla_jax.recipes import RECIPES
+from cla_jax.registry import model as registered
 from cla_jax.sharing import KVSharing
 from tests.parallel.models import config_of
 
@@ -100,16 +102,14 @@ def test_models_that_do_not_divide(mesh, pattern, parts):
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "chunk", "part"),
-    [(6, 0, 0, "batch_size=6; the nearest that works is 8"),
-     (16, 2, 0, "micro_batch_size=2; the nearest that works is 4"),
-     (8, 0, 6, "loss_chunk=6 does not divide a device's 32 tokens; the nearest that does is 4")],
+    ("batch", "micro", "part"),
+    [(6, 0, "does not divide a batch of 6 rows; the nearest that works is 8"),
+     (16, 2, "does not divide a micro-batch of 2 rows; the nearest that works is 4"),
+     (18, 6, "does not divide a micro-batch of 6 rows; the nearest that works is 4, of a batch of "
+      "16")],
 )  # fmt: skip
-def test_batches_that_do_not_divide(batch, micro, chunk, part):
-    training = TrainConfig(
-        1, micro, data=DataConfig(16, batch), execution=ExecutionConfig(loss_chunk=chunk),
-        mesh=MeshConfig(fsdp=2, data=2),
-    )  # fmt: skip
+def test_batches_that_do_not_divide(batch, micro, part):
+    training = TrainConfig(1, micro, data=DataConfig(16, batch), mesh=MeshConfig(fsdp=2, data=2))
     with pytest.raises(ValueError, match=re.escape(part)):
         check_mesh(config_of("MQA"), training)
 
@@ -117,15 +117,17 @@ def test_batches_that_do_not_divide(batch, micro, chunk, part):
 @pytest.mark.parametrize(
     ("pattern", "mesh", "batch", "microbatches", "part"),
     [("MQA", "stage=2,data=2", 16, 16,
-      "pipeline_microbatches=16 does not divide a batch of 16 rows on each of 2 data and fsdp "
-      "shards; the nearest that does is 8"),
-     ("MQA", "stage=2", 16, 5, "of 16 rows; the nearest that does is 4"),
+      "pipeline_microbatches=16 does not divide the 8 rows of a forward and backward pass on each "
+      "of 2 data and fsdp shards; the nearest that does is 8"),
+     ("MQA", "stage=2", 16, 5, "the 16 rows of a forward and backward pass; the nearest that does "
+      "is 4"),
      ("MQA", "data=2", 16, 4, "pipeline_microbatches=4, but mesh data=2 has no stages"),
-     ("KeepEnds8", "stage=3,data=2", 16, 4, "split 16 rows by 6 (data, fsdp and stage"),
-     ("KeepEnds8", "stage=3,data=2", 16, 4, "the nearest number of rows that works is 18"),
      ("KeepEnds8", "stage=2", 16, 4, "stage counts that work: 1, 3"),
-     ("Five", "stage=5", 16, 4, "splits the loss by 5 (data, fsdp, stage), which does not divide "
-      "the 256 tokens of 16 rows; the nearest that works is 15 rows")],
+     ("MQA", "stage=2,data=4", 4, 0, "mesh data=4,stage=2 leaves its pipeline 1 microbatch, fewer "
+      "than its 2 stages (bubble 100%): a pass has 4 rows, 1 on each of 4 data and fsdp shards. "
+      "What works: a batch of 8, micro-batches of 8 rows (2 microbatches, bubble 50%); or "
+      "pipeline_microbatches=1 (--microbatches 1), if that is meant"),
+     ("KeepEnds8", "stage=3,data=2", 2, 0, "What works: a batch of 6,")],
 )  # fmt: skip
 def test_pipelines_that_do_not_divide(pattern, mesh, batch, microbatches, part):
     sharing = KVSharing.keep_ends(8) if pattern == "KeepEnds8" else KVSharing.none(10)
@@ -135,6 +137,68 @@ def test_pipelines_that_do_not_divide(pattern, mesh, batch, microbatches, part):
     )  # fmt: skip
     with pytest.raises(ValueError, match=re.escape(part)):
         check_mesh(dataclasses.replace(config_of("MQA"), sharing=sharing), training)
+
+
+def proposals(text, batch, micro, count):
+    """What a refused schedule's message says will work: batch, micro-batch, microbatches."""
+    if near := re.search(r"the nearest that does is (\d+)$", text):
+        return [(batch, micro, int(near[1]))]
+    whole = re.search(r"of a batch of (\d+)$|What works: a batch of (\d+),", text)
+    whole = int(whole[1] or whole[2]) if whole else batch
+    if near := re.search(r"the nearest that works is (\d+)", text):
+        return [(whole, int(near[1]), count) if micro else (int(near[1]), 0, count)]
+    meant = int(text.partition("; or pipeline_microbatches=")[2].partition(" ")[0])
+    passes = re.findall(r"of (\d+) rows \(", text)
+    return [(batch, micro, meant), *((whole, int(rows), count) for rows in passes)]
+
+
+@given(
+    st.integers(1, 64), st.integers(0, 9), st.integers(0, 6),
+    *[st.sampled_from([1, 2, 3, 4, 6, 8])] * 2,
+)  # fmt: skip
+def test_what_a_refused_schedule_proposes_works(batch, passes, count, stages, shards):
+    mesh = MeshConfig(stage=stages, data=shards)
+
+    def schedule(batch, micro, count):
+        execution = ExecutionConfig(pipeline_microbatches=count)
+        data = DataConfig(16, batch)
+        return Schedule.of(TrainConfig(1, micro, data=data, execution=execution), mesh)
+
+    given = batch, batch // passes if passes and batch % passes == 0 else 0, count
+    if stages == 1 and count:
+        with pytest.raises(ValueError, match="has no stages"):
+            schedule(*given)
+        return
+    try:
+        found = [schedule(*given)]
+    except ValueError as error:
+        found = [schedule(*works) for works in proposals(str(error), *given)]
+    for one in found:
+        assert one.rows == one.rows_per_device * one.shards * one.microbatches
+    assert all(one.microbatches >= stages for one in found[1:])
+
+
+def test_a_schedule_says_what_a_pipeline_does():
+    training = dataclasses.replace(RECIPES["cla-1b"], micro_batch_size=64)
+    schedule = Schedule.of(training, MeshConfig(stage=2, fsdp=8))
+    assert str(schedule) == (
+        "passes of 64 rows in 8 microbatches, 1 on a device at a time; bubble 12.5% of a stage's "
+        "work"
+    )
+    assert schedule.record["bubble_percent"] == 12.5
+    alone = Schedule.of(training, MeshConfig(fsdp=8))
+    assert str(alone) == "passes of 64 rows, 8 on a device"
+    assert (alone.microbatches, alone.bubble) == (1, 0)
+
+
+def test_the_papers_batch_goes_through_the_stages_of_every_pattern():
+    """KeepEnds has 3 or 9 stages, which do not divide 2,048 rows or 50,432 words."""
+    for name in ("1B/H128-MQA-CLA2-KeepEnds", "1B/H128-MQA-CLA2"):
+        config = registered(name)
+        for stages in config.sharing.pipeline_stages[1:]:
+            mesh = MeshConfig(stage=stages, data=2)
+            training = dataclasses.replace(RECIPES["cla-1b"], micro_batch_size=64, mesh=mesh)
+            assert check_mesh(config, training, jax.devices() * 3).microbatches >= stages
 
 
 @pytest.mark.parametrize(

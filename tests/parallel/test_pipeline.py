@@ -18,7 +18,7 @@ from cla_jax.parallel import in_force, make_layout, pipeline_ideal
 from cla_jax.registry import model as registered
 from cla_jax.sharing import KVSharing
 from cla_jax.training import Model
-from cla_jax.training.loss import weighted_loss
+from cla_jax.training.loss import token_losses, weighted_loss
 from tests.models.reference import QUICK_COMPILE
 from tests.parallel.hlo import across_stages, permuted
 from tests.parallel.models import PIPELINED, config_of
@@ -37,6 +37,12 @@ ALL = [
     pytest.param(p, m, marks=() if (p, m) in QUICK else pytest.mark.slow)
     for p in PIPELINED
     for m in (*MESHES, *(["stage=4,data=2"] if p in ("deep MQA", "deep GQA4") else []))
+] + [
+    # Three stages divide neither a shard's rows, of which the layers outside make copies, nor the
+    # vocabulary and the loss's tokens.
+    ("long KeepEnds", "stage=3,data=2"),
+    pytest.param("long KeepEnds", "stage=3,tensor=2", marks=pytest.mark.slow),
+    pytest.param("long KeepEnds", "stage=3", marks=pytest.mark.slow),
 ]
 
 
@@ -90,13 +96,34 @@ def test_loss_and_gradients_are_those_of_one_device(pattern, mesh):
 
 @pytest.mark.parametrize(
     ("remat", "mesh"),
-    [("full", "stage=2,data=2"), pytest.param("dots", "stage=2", marks=pytest.mark.slow)],
-)
+    [("full", "stage=2,data=2"), pytest.param("dots", "stage=2", marks=pytest.mark.slow),
+     pytest.param("none", "stage=3,data=2", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_stage_reads_its_microbatchs_documents(remat, mesh):
-    found = loss_and_gradients("deep CLA2", mesh, documents=True, remat=remat)
-    expected = loss_and_gradients("deep CLA2", "none", documents=True)
+    pattern = "long KeepEnds" if "stage=3" in mesh else "deep CLA2"
+    found = loss_and_gradients(pattern, mesh, documents=True, remat=remat)
+    expected = loss_and_gradients(pattern, "none", documents=True)
     assert errors(found, expected) < 1e-5
-    assert errors(expected, loss_and_gradients("deep CLA2", "none")) > 1e-2
+    assert errors(expected, loss_and_gradients(pattern, "none")) > 1e-2
+
+
+@pytest.mark.slow
+def test_evaluation_leaves_out_what_fills_up_chunks():
+    """A shard's 128 tokens are 43 of each of three stages: two chunks of 22."""
+    expected = None
+    for mesh in ("none", "stage=3,data=2"):
+        model = Model(
+            config_of("long KeepEnds"), ExecutionConfig(compute_dtype="float32", loss_chunk=CHUNK)
+        )
+        layout = make_layout(MeshConfig.parse(mesh), model.config)
+        batch, params = {"tokens": TOKENS}, model.init(0)
+        if layout is not None:
+            params, batch = jax.device_put(params, layout.of(model.axes)), layout.batch(batch)
+        with in_force(layout):
+            run = jax.jit(lambda params, tokens: token_losses(model(params), tokens))  # noqa: B023
+            losses = np.asarray(run(params, batch["tokens"]))
+        expected = losses if expected is None else expected
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_masks_for_cudnn_have_every_head_in_a_stage(monkeypatch):
@@ -147,16 +174,48 @@ def test_the_head_is_split_though_stages_do_not_divide_the_vocabulary(pattern, m
         assert errors(found, loss_and_gradients(pattern, "none", vocab=vocab)) < 1e-5
 
 
+@pytest.mark.parametrize("mesh", ["none", "stage=2,data=4"])
+@pytest.mark.parametrize(
+    ("x", "context", "part"),
+    [((16, 4), (3, 4), "context['angles'] has shape [3, 4]: expected a first axis of 16 rows"),
+     ((16, 4), (), "context['angles'] has shape []: expected a first axis of 16 rows"),
+     ((), (1, 4), "x['h'] has shape []: expected a first axis of B, 1 or more, rows"),
+     ((0, 4), (1, 4), "x holds no rows"),
+     ((16, 4), (1, 4), "x['more'] has shape [8]: expected a first axis of 16 rows"),
+     ((12, 4), (1, 4), "pipeline_microbatches=4 does not divide the 3 rows of a forward"),
+     ((6, 4), (1, 4), "6 rows: the mesh splits them by 4 (data and fsdp); the nearest number")],
+)  # fmt: skip
+def test_rows_that_do_not_fit_are_refused(x, context, part, mesh):
+    """Also on one device, but for what only a mesh asks."""
+    execution = ExecutionConfig(pipeline_microbatches=MICROBATCHES)
+    given = {"h": np.ones(x, np.float32)} | ({"more": np.ones(8)} if "'more'" in part else {})
+    angles = {"angles": np.ones(context, np.float32)}
+
+    def run():
+        return pipeline_layers(
+            lambda scale, x, kv, context: (x, x), KVSharing.none(4), [[np.ones(4, np.float32)]],
+            given, angles, execution,
+        )  # fmt: skip
+
+    with in_force(make_layout(MeshConfig.parse(mesh), config_of("deep MQA"))):
+        if mesh == "none" and x in ((12, 4), (6, 4)):
+            assert run()["h"].shape == x
+            return
+        with pytest.raises(ValueError, match=re.escape(part)):
+            jax.eval_shape(run)
+
+
 # --- what crosses stages --------------------------------------------------------------------------
 
 
 def not_activations(sent, outside=()):
     """What is sent across stages and is neither an activation nor a parameter outside the body.
 
-    Activations of rows, of microbatches, and of a chunk of the loss, the last with two statistics
+    Activations of rows, of microbatches, and of chunks of the loss, the last with two statistics
     of each token's softmax.
     """
-    statistics = {(), (CHUNK,), (CHUNK, D)}
+    filled_up = (3, 2, 22, D)  # a shard's 128 tokens as two chunks in each of three stages
+    statistics = {(), (CHUNK,), (CHUNK, D), filled_up}
     return [
         s
         for s in sent
@@ -187,16 +246,18 @@ def outside_shapes(pattern, params):
     [("deep CLA2", "stage=2,data=2,tensor=2"), ("deep KeepEnds", "stage=2,fsdp=4")]
     + [pytest.param(p, m, marks=pytest.mark.slow)
        for p in ("deep CLA4", "deep GQA4", "deep KeepEnds")
-       for m in ("stage=2,data=4", "stage=2,tensor=4")],
+       for m in ("stage=2,data=4", "stage=2,tensor=4")]
+    + [pytest.param("long KeepEnds", "stage=3,data=2", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_only_activations_cross_stages(pattern, mesh):
     traced, (params, _), _ = step(pattern, mesh)
-    shards = MeshConfig.parse(mesh).batch_shards
+    sizes = MeshConfig.parse(mesh)
+    shards = sizes.batch_shards
     microbatch = ROWS // MICROBATCHES
     # Forward and backward: nothing else is permuted, in the program as it is written.
     assert permuted(traced.jaxpr) == [((1, microbatch, T, D), "float32")] * 2
     program, _ = compiled(pattern, mesh)
-    sent = across_stages(program.as_text() or "", 2, 8)
+    sent = across_stages(program.as_text() or "", sizes.stage, sizes.devices)
     rows = microbatch // shards
     activations = tuple(n for n in (rows, T, D) if n != 1)
     assert [s.shape for s in sent if s.kind == "collective-permute"] == [activations] * 2

@@ -102,6 +102,30 @@ def test_two_and_four_processes_have_the_losses_of_one(folder):
 
 
 @pytest.mark.slow
+def test_a_pipeline_whose_stages_are_processes_has_the_losses_of_one(folder):
+    """Neither do two or three stages divide the 257 words, nor three the 256 tokens."""
+    more = ("--training.steps", "3", "--training.eval-every", "2")
+    for model, count, devices, mesh in [
+        ("tiny/MQA-CLA3", 2, 1, "stage=2"),
+        ("tiny/MQA-CLA3", 2, 2, "stage=2,data=2"),
+        ("tiny/MQA-CLA2", 3, 1, "stage=3"),
+    ]:
+        one = model.partition("/")[2]
+        if not (folder / one).exists():
+            with started(1, folder, *more, "--out", one, model=model) as processes:
+                assert [code for code, _, _ in ended(processes)] == [0]
+        out = (*more, "--out", mesh)
+        with started(count, folder, *out, "--mesh", mesh, model=model, devices=devices) as found:
+            said = ended(found)
+        assert [code for code, _, _ in said] == [0] * count, said
+        assert losses(folder / mesh) == pytest.approx(losses(folder / one), rel=1e-5)
+        assert "bubble" in said[0][2]
+        # Written in stages by several processes, restored by one without.
+        with started(1, folder, *out, "--resume", model=model) as processes:
+            assert ended(processes)[0][:2] == (0, said[0][1].splitlines()[-1] + "\n")
+
+
+@pytest.mark.slow
 def test_one_is_killed_and_the_run_goes_on_with_fewer(folder):
     more = ("--training.steps", "400", "--training.checkpoint-every", "5")
     with started(4, folder, *more, "--mesh", "fsdp=4") as processes:

@@ -128,6 +128,7 @@ def test_a_run_goes_on_in_stages_and_without(begun, resumed, tmp_path):
     assert meshes == [MeshConfig.parse(begun), MeshConfig.parse(resumed)]
     counts = [r["execution"]["pipeline_microbatches"] for r in (saved, again)]
     assert counts == [2 * ("stage" in begun), 2 * ("stage" in resumed)]
+    assert [r["pass"]["microbatches"] for r in (saved, again)] == [max(n, 1) for n in counts]
     with pytest.raises(ValueError, match="mesh stage=2: stages are for training"):
         load(run, mesh=MeshConfig(stage=2))
 
@@ -135,7 +136,7 @@ def test_a_run_goes_on_in_stages_and_without(begun, resumed, tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "part"),
     [("fsdp=16", "16 devices, and there are 8"), ("tensor=8", "tensor sizes that work: 1, 2, 4"),
-     ("data=3", "does not divide batch_size=8; the nearest that works is 9"),
+     ("data=3", "does not divide a batch of 8 rows; the nearest that works is 9"),
      ("stage=2", "a cut would separate layers that share K/V; stage counts that work: 1")],
 )  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(mesh, part, tmp_path):

@@ -63,14 +63,15 @@ def test_loss_is_the_naive_cross_entropy(toy, params, tokens):
     np.testing.assert_allclose(losses_of(toy, params, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_chunked_losses_are_the_same(toy, params, tokens):
-    chunked = Model(CONFIG, dataclasses.replace(FLOAT32, loss_chunk=8))
+@pytest.mark.parametrize("chunk", [8, 24])
+def test_chunked_losses_are_the_same(toy, params, tokens, chunk):
+    chunked = Model(CONFIG, dataclasses.replace(FLOAT32, loss_chunk=chunk))
     np.testing.assert_allclose(
         losses_of(chunked, params, tokens), losses_of(toy, params, tokens), rtol=1e-5, atol=1e-6
     )
 
 
-@pytest.mark.parametrize("chunk", [0, 8, 64])
+@pytest.mark.parametrize("chunk", [0, 8, 24, 64])  # 24 does not divide the 64 tokens
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_training_loss_and_its_own_gradient(tokens, chunk, tied):
     """Against automatic differentiation of the plain losses; some targets weigh nothing."""
@@ -131,14 +132,6 @@ def test_a_step_that_is_not_finite_changes_nothing(toy, params, tokens):
 def test_a_loss_chunk_larger_than_the_batch_is_the_whole_batch(toy, params, tokens):
     large = Model(CONFIG, dataclasses.replace(FLOAT32, loss_chunk=1000))
     np.testing.assert_array_equal(losses_of(large, params, tokens), losses_of(toy, params, tokens))
-
-
-def test_loss_chunk_that_does_not_divide(params, tokens):
-    chunked = Model(CONFIG, dataclasses.replace(FLOAT32, loss_chunk=24))
-    with pytest.raises(
-        ValueError, match=r"loss_chunk=24 .* 64 tokens; the nearest that does is (16|32)"
-    ):
-        losses_of(chunked, params, tokens)
 
 
 def test_document_ids_reach_the_model(toy, params, tokens):

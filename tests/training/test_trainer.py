@@ -473,12 +473,6 @@ def test_refuses_sequences_longer_than_the_model_takes(streams, tmp_path):
     assert message.endswith(f"is {CONFIG.sequence_length}")
 
 
-def test_refuses_a_loss_chunk_that_does_not_divide(streams, tmp_path):
-    execution = dataclasses.replace(TRAINING.execution, loss_chunk=24)
-    training = dataclasses.replace(TRAINING, execution=execution)
-    refused("loss_chunk=24", CONFIG, training, streams, tmp_path / "run")
-
-
 def test_refuses_a_validation_stream_without_a_target(streams, tmp_path):
     short = write_streams(tmp_path / "short", {**TEXT, "validation": [""]})
     refused("validation", CONFIG, TRAINING, short, tmp_path / "run")
