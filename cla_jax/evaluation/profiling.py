@@ -174,7 +174,10 @@ def kind_of(operation: Operation, paths: dict[str, str]) -> str:
 
 
 def breakdown(
-    operations: Sequence[Operation], paths: dict[str, str], steps: int
+    operations: Sequence[Operation],
+    paths: dict[str, str],
+    steps: int,
+    step_seconds: float | None = None,
 ) -> tuple[Part, ...]:
     """A step by kind, in the order of `KINDS`; the parts' seconds add up to the step's.
 
@@ -182,6 +185,8 @@ def breakdown(
         operations: of `steps` steps, in the order of their beginnings.
         paths: `op_names` of the program.
         steps: that were traced.
+        step_seconds: of a step, measured without a profiler, which holds the host up: gaps are what
+            the operations leave of it. Default: gaps are what lies between them in the trace.
 
     Raises:
         ValueError: no operations.
@@ -196,6 +201,9 @@ def breakdown(
         seconds[kind] += max(0.0, end - max(operation.start, busy_until))
         counts[kind] += 1
         busy_until = max(busy_until, end)
+    if step_seconds is not None:
+        seconds[GAPS] = 0.0
+        seconds[GAPS] = max(steps * step_seconds - sum(seconds.values()), 0.0)
     total = sum(seconds.values())
     return tuple(
         Part(

@@ -111,8 +111,9 @@ def timed(call: Callable[[], Any], repeats: int = 10) -> float:
     return statistics.median(times[2:])
 
 
-def profile(decoder: UnstackedDecoder, batch: int, context: int, ceiling: float) -> str:
+def profile(decoder: UnstackedDecoder, costs: DecodeCosts, ceiling: float) -> str:
     """A table of a step's time by kind of operation, and its floor: the bytes at the ceiling."""
+    batch, context = costs.batch, costs.context
     steps = min(8, context - 1)
     loop = DecodeLoop(decoder, batch, context, steps=steps)
     loop.run(context - steps, steps)
@@ -120,7 +121,8 @@ def profile(decoder: UnstackedDecoder, batch: int, context: int, ceiling: float)
         operations = traced(lambda: loop.run(context - steps, steps), "jit_decode_block")
     except ValueError as error:  # the row before it stands
         return f"{decoder.config.name}: no profile: {error}\n"
-    parts = breakdown(operations, op_names(loop.compiled.as_text()), steps)
+    paths = op_names(loop.compiled.as_text())
+    parts = breakdown(operations, paths, steps, costs.step_seconds)
     reads = step_reads(decoder.config, batch, context)
     floors = {"attention": reads.kv / ceiling, "products": reads.weights / ceiling}
     whole = sum(part.seconds for part in parts)
@@ -198,9 +200,10 @@ def main(options: Benchmark) -> None:
                         print(f"# {name}, context {context}: batch {batch} does not fit")
                     continue
                 try:
-                    show(line_of(decode_costs(decoder, size, context), ceiling))
+                    costs = decode_costs(decoder, size, context)
+                    show(line_of(costs, ceiling))
                     if options.profile:
-                        show_profile(profile(decoder, size, context, ceiling))
+                        show_profile(profile(decoder, costs, ceiling))
                 except jax.errors.JaxRuntimeError as error:
                     print(f"{name}, batch {size}, context {context}: {str(error)[:200]}")
                     gc.collect()  # the error's frames hold arrays

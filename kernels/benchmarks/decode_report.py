@@ -19,7 +19,7 @@ ORDER = (*JAX_PATHS, "reference", *PEERS)
 class Row:
     """One shape and implementation. Without `microseconds` there is no time, and `note` says why.
 
-    `microseconds` are of a call, `spread` the range of the repeats over their median;
+    `microseconds` are of a call, `spread` is by how much of it the median of repeats took longer;
     `tb_per_second` counts the K/V that a call must read, `fraction` is of `ceiling_tb_per_second`,
     the read bandwidth measured in the same run; `error` is the norm of the difference from float32
     over the norm. `layers` caches are read in turn. `default` is what decode_attention chooses.

@@ -61,6 +61,11 @@ def test_overlap_counts_once_and_what_is_between_is_a_gap():
     parts = {part.kind: part.seconds for part in breakdown(operations, {}, 1)}
     assert (parts["products"], parts["norms, rotary, elementwise"]) == (3, 1)
     assert (parts["gaps"], parts["copies"]) == (2, 1)
+    steps = breakdown(operations, {}, 2, step_seconds=4.5)
+    assert {part.kind: part.seconds for part in steps} == {
+        **{kind: seconds / 2 for kind, seconds in parts.items()},
+        "gaps": 2,
+    }
     with pytest.raises(ValueError, match="no operations"):
         breakdown([], {}, 1)
 
