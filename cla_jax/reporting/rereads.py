@@ -86,6 +86,15 @@ class Reread:
         return self.traced_second / self.traced_first
 
     @property
+    def found(self) -> tuple[float, float]:
+        """The ratio to be told and its noise: from the trace, with none known, where there is one.
+
+        The difference of two whole steps drowns in their noise.
+        """
+        traced = self.traced_ratio
+        return (self.ratio, self.ratio_noise) if traced is None else (traced, 0.0)
+
+    @property
     def line(self) -> tuple[str, str, int]:
         """Which line of the figure it belongs to."""
         return self.part, self.name, self.weight_bytes
@@ -137,24 +146,23 @@ def verdict(rows: Sequence[Reread]) -> str:
     heads = len({row.name for row in rows if row.part == "reads"})
     sentences: list[str] = []
     for line in lines.values():
-        sure = [row for row in line if row.ratio_noise < MOST_NOISE]
-        reused = [row for row in sure if row.ratio + row.ratio_noise < FASTER]
-        best = min(sure or line, key=lambda row: row.ratio)
+        sure = [row for row in line if row.found[1] < MOST_NOISE]
+        reused = [row for row in sure if sum(row.found) < FASTER]
+        best = min(reused or sure or line, key=lambda row: row.found[0])
+        ratio, noise = best.found
+        at_best = (
+            f"the second read takes {ratio:.2f} of the first's time at best "
+            f"({f'+- {noise:.2f}' if noise else 'in the trace'}, {best.kv_bytes / 1e6:.1f} MB a "
+            "layer)"
+        )
         label = _label(line[0], heads)
         if not sure:
             found = f"too noisy to tell (+- {MOST_NOISE} or more at every size)"
         elif not reused:
-            found = (
-                f"no reuse: the second read takes {best.ratio:.2f} of the first's time at best "
-                f"(+- {best.ratio_noise:.2f}, {best.kv_bytes / 1e6:.1f} MB a layer)"
-            )
+            found = f"no reuse: {at_best}"
         else:
-            best = min(reused, key=lambda row: row.ratio)
-            found = (
-                f"the second read takes {best.ratio:.2f} of the first's time at best "
-                f"(+- {best.ratio_noise:.2f}, {best.kv_bytes / 1e6:.1f} MB a layer), and less than "
-                f"{FASTER} of it up to {max(row.kv_bytes for row in reused) / 1e6:.1f} MB"
-            )
+            most = max(row.kv_bytes for row in reused)
+            found = f"{at_best}, and less than {FASTER} of it up to {most / 1e6:.1f} MB"
         sentences.append(f"{label[0].upper()}{label[1:]}: {found}.")
     halved = [(row.halves / row.together, row) for row in rows if row.halves]
     if halved:
@@ -170,8 +178,8 @@ def verdict(rows: Sequence[Reread]) -> str:
 def rereads(rows: Sequence[Reread]) -> Figure:
     """The second read's time over the first's against the K/V of a layer.
 
-    A line for each amount of weights between the two, and for each model that decodes; open marks
-    are from its trace, bars the range of the repeats.
+    A line for each amount of weights between the two, with the range of the repeats as bars, and
+    for each model that decodes, from its trace where there is one.
 
     Raises:
         ValueError: no rows.
@@ -195,19 +203,13 @@ def rereads(rows: Sequence[Reread]) -> Figure:
             shared = line[0].part == "step"
             x = [row.kv_bytes for row in line]
             axes.errorbar(
-                x, [row.ratio for row in line], [row.ratio_noise for row in line], color=color,
+                x, [row.found[0] for row in line], [row.found[1] for row in line], color=color,
                 linestyle=dash, marker=marker(shared), markersize=3, linewidth=1.2, elinewidth=0.6,
             )  # fmt: skip
-            seen = [(row.kv_bytes, row.traced_ratio) for row in line if row.traced_ratio]
-            if seen:
-                axes.plot(
-                    *zip(*seen, strict=True), marker(shared), color=color, markersize=4,
-                    markerfacecolor="white", markeredgewidth=0.8,
-                )  # fmt: skip
         sizes = sorted({row.kv_bytes for row in rows if row.part == "reads"} or {
             row.kv_bytes for row in rows
         })  # fmt: skip
-        ratios = [row.ratio for row in rows]
+        ratios = [row.found[0] for row in rows]
         axes.set_ylim(min(0.0, *ratios) - 0.05, max(1.2, *ratios) + 0.05)
         ticks = sizes[:1]
         for size in sizes:  # as many as have room for their names
@@ -218,6 +220,6 @@ def rereads(rows: Sequence[Reread]) -> Figure:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(round(x))))
         axes.set_xlabel("K/V of a layer, log scale")
         axes.set_ylabel("Second read / first")
-        ends = [(float(line[-1].kv_bytes), line[-1].ratio) for line in lines]
+        ends = [(float(line[-1].kv_bytes), line[-1].found[0]) for line in lines]
         label_ends(axes, ends, labels, [color for color, _ in styles])
     return made.figure

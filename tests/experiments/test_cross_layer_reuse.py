@@ -123,7 +123,7 @@ def test_the_finding_from_known_times(tmp_path):
     assert said[0].endswith("less than 0.9 of it up to 2.0 MB.")
     assert said[1].startswith("14 MB between: too noisy to tell")
     assert said[2].startswith("84 MB between: no reuse: the second read takes 1.02")
-    assert said[3].startswith("Step of tiny/MQA-CLA2: the second read takes 0.60")
+    assert said[3].startswith("Step of tiny/MQA-CLA2: the second read takes 0.75")
     assert said[4].startswith("One half of the batch after the other takes 0.94 of the time")
     for known in rows:
         append_record(tmp_path / "rows.csv", known)
