@@ -105,6 +105,7 @@ class Decoder(nnx.Module):
             x,
             context,
             self.execution,
+            prepare=lambda layers: _rounded(layers, jnp.dtype(self.execution.compute_dtype)),
         )
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -148,13 +149,13 @@ class UnstackedDecoder(Decoder):
     def __init__(self, decoder: Decoder) -> None:
         self.config, self.execution = decoder.config, decoder.execution
         dtype = jnp.dtype(self.execution.compute_dtype)
-        self.embedding = _rounded(decoder.embedding, dtype)
+        self.embedding = laid_out(_rounded(decoder.embedding, dtype))
         self.layers = nnx.List(
-            _padded(_rounded(_beside_cache(decoder.layer(i)), dtype), self.config.ffn_dim)
+            _padded(laid_out(_rounded(_beside_cache(decoder.layer(i)), dtype)), self.config.ffn_dim)
             for i in range(self.config.num_layers)
         )
         self.final_norm = decoder.final_norm
-        self.head = nnx.data(_rounded(decoder.head, dtype))
+        self.head = nnx.data(laid_out(_rounded(decoder.head, dtype)))
 
     def _run_layers(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
         kv: dict[int, KV] = {}
@@ -193,10 +194,9 @@ def _padded(layer: DecoderLayer, width: int) -> DecoderLayer:
 
 
 def _rounded[M](module: M, dtype: jnp.dtype) -> M:
-    """A module with its arrays in a dtype, but for those of its norms."""
-    rounded = jax.tree.map(
+    """Modules with their arrays in a dtype, but for those of their norms."""
+    return jax.tree.map(
         lambda m: m if isinstance(m, Norm) else m.astype(dtype),
         module,
         is_leaf=lambda m: isinstance(m, Norm),
     )
-    return laid_out(rounded)

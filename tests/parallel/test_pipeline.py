@@ -19,6 +19,7 @@ from cla_jax.registry import model as registered
 from cla_jax.sharing import KVSharing
 from cla_jax.training import Model
 from cla_jax.training.loss import token_losses, weighted_loss
+from tests.jaxprs import equations
 from tests.models.reference import QUICK_COMPILE
 from tests.parallel.hlo import across_stages, permuted
 from tests.parallel.models import PIPELINED, config_of
@@ -155,6 +156,31 @@ def test_bfloat16_is_as_near_to_float32_as_on_one_device(mesh):
     assert errors(found, expected) < 2 * errors(alone, expected)
     sent = permuted(step("deep CLA2", mesh, compute_dtype="bfloat16")[0].jaxpr)
     assert {dtype for _, dtype in sent} == {"bfloat16"}
+
+
+@pytest.mark.standard_dtype_promotion
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_parameters_are_rounded_before_the_microbatches(remat):
+    """XLA on GPUs would round them again at every tick; gradients are summed in float32."""
+    traced, *_ = step("deep CLA2", "stage=2", compute_dtype="bfloat16", remat=remat)
+    config, program = config_of("deep CLA2"), traced.jaxpr.jaxpr
+    down = config.ffn_dim, config.d_model
+
+    def rounds(equation):
+        given, found = equation.invars[:1], equation.outvars[:1]
+        dtypes = tuple(one.aval.dtype for one in (*given, *found))
+        return (
+            equation.primitive.name == "convert_element_type"
+            and dtypes == (jnp.float32, jnp.bfloat16)
+            and given[0].aval.shape[-2:] == down
+        )
+
+    loops = [e.params["jaxpr"].jaxpr for e in equations(program) if e.primitive.name == "scan"]
+    assert loops
+    assert not any(rounds(e) for loop in loops for e in equations(loop))
+    assert any(rounds(e) for e in equations(program))
+    gradients = jax.tree.leaves(traced.out_info[1])
+    assert {leaf.dtype for leaf in gradients} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(
