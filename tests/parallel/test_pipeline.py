@@ -41,7 +41,7 @@ ALL = [
 ] + [
     # Three stages divide neither a shard's rows, of which the layers outside make copies, nor the
     # vocabulary and the loss's tokens.
-    ("long KeepEnds", "stage=3,data=2"),
+    pytest.param("long KeepEnds", "stage=3,data=2", marks=pytest.mark.slow),
     pytest.param("long KeepEnds", "stage=3,tensor=2", marks=pytest.mark.slow),
     pytest.param("long KeepEnds", "stage=3", marks=pytest.mark.slow),
 ]

@@ -63,7 +63,9 @@ def test_begins_with_them_and_leaves_them_as_they_are(streams, tmp_path):
     assert losses(seeded.directory) == [(1, after)]
 
 
-@pytest.mark.parametrize("call", [1, 2, 4])  # after the first validation, after steps
+@pytest.mark.parametrize(  # after the first validation, after steps
+    "call", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_goes_on_to_the_same_end(streams, tmp_path, monkeypatch, call):
     initial = InitialParams(lambda: params(7))
     whole = train(CONFIG, TRAINING, streams, tmp_path / "whole", initial=initial)

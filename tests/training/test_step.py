@@ -71,8 +71,12 @@ def test_chunked_losses_are_the_same(toy, params, tokens, chunk):
     )
 
 
-@pytest.mark.parametrize("chunk", [0, 8, 24, 64])  # 24 does not divide the 64 tokens
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(  # 24 does not divide the 64 tokens
+    ("tied", "chunk"),
+    [(False, 24), (True, 8)]
+    + [pytest.param(t, c, marks=pytest.mark.slow) for t in (False, True) for c in (0, 64)]
+    + [pytest.param(t, c, marks=pytest.mark.slow) for t, c in ((False, 8), (True, 24))],
+)
 def test_the_training_loss_and_its_own_gradient(tokens, chunk, tied):
     """Against automatic differentiation of the plain losses; some targets weigh nothing."""
     config = dataclasses.replace(CONFIG, tied_embeddings=tied)
@@ -96,7 +100,7 @@ def test_the_training_loss_and_its_own_gradient(tokens, chunk, tied):
     )
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_micro_batches_sum_to_the_whole_batch(toy, params, tokens, masked):
     """Also where rows hold different numbers of counted tokens."""
     optimizer = make_optimizer(OptimizerConfig(), 10)
