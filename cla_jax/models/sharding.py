@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from cla_kernels import target_device
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
@@ -80,9 +81,7 @@ def shards(axis: str) -> int:
 
 def platform() -> str:
     """What code is traced for: the mesh's devices, which may be of another machine; else ours."""
-    mesh = jax.sharding.get_abstract_mesh()
-    of_mesh = None if mesh.empty else mesh.abstract_device
-    return jax.devices()[0].platform if of_mesh is None else of_mesh.platform
+    return target_device().platform
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
