@@ -21,6 +21,7 @@ from cla_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, tok
 from cla_jax.inference import GenerateConfig, Sampling, check_prompts, generate
 from cla_jax.models import Decoder
 from cla_jax.parallel import Layout, in_force, make_layout
+from cla_jax.parallel.mesh import one_device_note
 from cla_jax.training.checkpoints import load_params
 from cla_jax.training.run_directory import read_json
 from cla_jax.training.step import Model
@@ -288,6 +289,8 @@ def _layout(mesh: MeshConfig, config: ModelConfig) -> Layout | None:
             f"mesh {mesh}: stages are for training; a model is run on data, fsdp and tensor, "
             "whatever it was trained on"
         )
+    if note := one_device_note(mesh):
+        print(note, file=sys.stderr)
     return make_layout(mesh, config)
 
 

@@ -20,6 +20,7 @@ from cla_jax.data.prepared import keep_tokenizer, tokenizer_record
 from cla_jax.data.token_stream import Streams, TokenStream
 from cla_jax.models.attention import attention_path
 from cla_jax.parallel import Layout, check_mesh, in_force, make_layout
+from cla_jax.parallel.mesh import one_device_note, resolve_mesh
 from cla_jax.parallel.processes import (
     agree,
     check_same,
@@ -139,7 +140,7 @@ def train(
     resolved = {
         **identity,
         "execution": dataclasses.asdict(training.execution),
-        "mesh": str(training.mesh if layout is None else layout.mesh_config),
+        "mesh": str(resolve_mesh(training.mesh)),
         "attention": f"{path.implementation}: {path.reason}",
         "versions": installed,
     }
@@ -200,6 +201,8 @@ def train(
                     f"{jax.device_count()} devices"
                     + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
                 )
+            elif note := one_device_note(training.mesh):
+                progress.say(f"{config.name}: {note}")
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
             loop = _Loop(model, training, streams, checkpoints, log, progress, stop, layout)
