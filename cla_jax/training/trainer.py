@@ -45,6 +45,7 @@ from cla_jax.training.step import (
     Model,
     Params,
     TrainState,
+    abstract_state,
     begin_state,
     init_state,
     make_eval_step,
@@ -149,32 +150,38 @@ def train(
         resolved["tokenizer"] = tokenizer_record(tokenizer)
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
-    if initial is None:
-        state = init_state(model, optimizer, training.seed, layout)
-    else:
-        shapes = jax.eval_shape(lambda: model.init(0))
-        shardings = None if layout is None else state_shardings(model, optimizer, layout)
-        params = initial.on_device(shapes, config.name, shardings and shardings.params)
-        state = begin_state(params, optimizer, shardings)
     rows = None if layout is None else layout.rows(training.data.batch_size)
     iterator = iter(batches(streams.train, training.data, rows=rows))
 
+    def first_state() -> TrainState:
+        if initial is None:
+            return init_state(model, optimizer, training.seed, layout)
+        shapes = jax.eval_shape(lambda: model.init(0))
+        shardings = None if layout is None else state_shardings(model, optimizer, layout)
+        params = initial.on_device(shapes, config.name, shardings and shardings.params)
+        return begin_state(params, optimizer, shardings)
+
+    begun = first_says((directory / "config.json").exists)
+    # A new run's may be refused, before anything is written. One that goes on has its state from
+    # the checkpoint, and no room beside it for another.
+    state = None if begun else first_state()
+
     result_file, metrics_file = directory / "result.json", directory / "metrics.jsonl"
 
-    def begin() -> bool:
+    def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        begun = (directory / "config.json").exists()
         if not begun:
             write_json(directory / "config.json", resolved)
         if tokenizer is not None:
             keep_tokenizer(directory, tokenizer)
-        return begun
 
-    begun = first_says(begin)
+    first_says(begin)
     with Checkpoints(
         directory / "checkpoints", identity, keep=training.keep_checkpoints, force=force
     ) as checkpoints:
-        if (restored := checkpoints.restore(state)) is not None:
+        like = abstract_state(model, optimizer, layout)
+        restored = checkpoints.restore(like) if begun else None
+        if restored is not None:
             state = restored.state
             iterator.set_state(restored.data)
         if first_says(result_file.exists):
@@ -184,7 +191,8 @@ def train(
                     "back, or train in another directory"
                 )
             finished = first_says(lambda: read_json(result_file))
-            return Trained(directory, model, state.params, finished)
+            return Trained(directory, model, restored.state.params, finished)
+        state = first_state() if state is None else state
         start = int(state.step)
         if begun and first:  # what the run was begun with stays as it was written
             append_json(directory / "resumes.jsonl", {"step": start, **resolved})
