@@ -10,6 +10,8 @@ __all__ = ["AUTO", "MESH_AXES", "MeshConfig"]
 
 MESH_AXES = ("data", "fsdp", "tensor", "stage")
 AUTO = -1
+_NONE = "none"
+_EXPECTED = f"expected as in fsdp=4,tensor=2, or auto for one axis, or {_NONE}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +43,12 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for axis, size in self.sizes.items():
-            if size < 1 and size != AUTO:
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            if not whole or (size < 1 and size != AUTO):
+                near = f"; the nearest is {axis}=1" if whole else ""
                 raise ValueError(
-                    f"mesh: {axis}={size}: expected a number of devices, 1 or more, or auto"
+                    f"mesh: {axis}={size!r}: expected a number of devices, 1 or more, or auto "
+                    f"(-1), which takes what the other axes leave{near}"
                 )
         free = [axis for axis, size in self.sizes.items() if size == AUTO]
         if len(free) > 1:
@@ -57,20 +62,27 @@ class MeshConfig:
         `data`, `fsdp` and `tensor` alone are the usual meshes. `none`, or nothing, is no mesh.
 
         Raises:
-            ValueError: an unknown axis (names the nearest), one given twice, no number.
+            ValueError: an unknown axis (names the nearest), an axis that is missing or given twice,
+                no number.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"mesh {text!r}: {_EXPECTED}")
         sizes: dict[str, int] = {}
-        for part in filter(None, (p.strip() for p in text.split(",") if text != "none")):
+        if text.strip() in ("", _NONE):
+            return cls()
+        for part in text.split(","):
             axis, equals, size = (p.strip() for p in part.partition("="))
-            check_choice("mesh axis", axis, MESH_AXES)
+            if axis in ("", _NONE):
+                what = "names no axis" if axis == "" else "is no mesh and one at once"
+                raise ValueError(f"mesh {text!r} {what}: {_EXPECTED}")
+            check_choice("mesh axis", axis, (*MESH_AXES, _NONE))
             if axis in sizes:
                 raise ValueError(f"mesh {text!r} gives {axis} twice")
             try:
                 sizes[axis] = AUTO if size == "auto" or not equals else int(size)
             except ValueError:
                 raise ValueError(
-                    f"mesh {text!r}: {axis}={size!r} is no number of devices; expected as in "
-                    "fsdp=4,tensor=2, or auto for one axis"
+                    f"mesh {text!r}: {axis}={size!r} is no number of devices: {_EXPECTED}"
                 ) from None
         return cls(**sizes)
 
@@ -91,7 +103,7 @@ class MeshConfig:
 
     def __str__(self) -> str:
         named = (f"{a}={'auto' if n == AUTO else n}" for a, n in self.sizes.items() if n != 1)
-        return ",".join(named) or "none"
+        return ",".join(named) or _NONE
 
     def resolved(self, devices: int) -> "MeshConfig":
         """With the axis that is -1 given its size.

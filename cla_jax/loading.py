@@ -21,6 +21,7 @@ from cla_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, tok
 from cla_jax.inference import GenerateConfig, Sampling, check_prompts, generate
 from cla_jax.models import Decoder
 from cla_jax.parallel import Layout, check_inference_mesh, in_force, make_layout
+from cla_jax.parallel.mesh import one_device_note
 from cla_jax.training.checkpoints import load_params
 from cla_jax.training.run_directory import read_json
 from cla_jax.training.step import Model
@@ -284,6 +285,8 @@ def _is_huggingface(path: Path) -> bool:
 
 def _layout(mesh: MeshConfig, config: ModelConfig) -> Layout | None:
     check_inference_mesh(mesh)
+    if note := one_device_note(mesh):
+        print(note, file=sys.stderr)
     return make_layout(mesh, config)
 
 

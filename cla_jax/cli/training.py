@@ -59,14 +59,7 @@ class Train:
             raise ValueError("--data and --text both name the training text: give one of them")
         if self.force and not self.resume:
             raise ValueError("--force is about a run that goes on: give --resume too")
-        recipe = self.training
-        if self.microbatches is not None:
-            execution = dataclasses.replace(
-                recipe.execution, pipeline_microbatches=self.microbatches
-            )
-            recipe = dataclasses.replace(recipe, execution=execution)
-        if self.mesh:
-            recipe = dataclasses.replace(recipe, mesh=MeshConfig.parse(self.mesh))
+        recipe = self._recipe()
         from cla_jax import data
         from cla_jax.parallel import ProcessConfig, check_mesh, join
         from cla_jax.parallel.processes import agree, is_first
@@ -94,6 +87,29 @@ class Train:
             print(
                 f"validation perplexity {trained.result['validation_perplexity']:.3f}, {self.out}"
             )
+
+    def _recipe(self) -> TrainConfig:
+        """With the options that name a part of it apart; what is named twice is refused."""
+        recipe, preset = self.training, RECIPES[self.preset]
+        execution = recipe.execution
+        if self.mesh:
+            if recipe.mesh != preset.mesh:
+                raise ValueError(
+                    f"--mesh {self.mesh} and --training.mesh.* ({recipe.mesh}) both name the "
+                    "devices: give one of them"
+                )
+            recipe = dataclasses.replace(recipe, mesh=MeshConfig.parse(self.mesh))
+        if self.microbatches is not None:
+            count = execution.pipeline_microbatches
+            if count != preset.execution.pipeline_microbatches:
+                raise ValueError(
+                    f"--microbatches {self.microbatches} and "
+                    f"--training.execution.pipeline-microbatches {count} both cut a batch: give "
+                    "one of them"
+                )
+            execution = dataclasses.replace(execution, pipeline_microbatches=self.microbatches)
+            recipe = dataclasses.replace(recipe, execution=execution)
+        return recipe
 
 
 @dataclasses.dataclass(frozen=True)

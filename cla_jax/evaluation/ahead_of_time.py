@@ -22,7 +22,7 @@ from cla_jax.models.sharding import logical_axes
 from cla_jax.parallel import Layout, in_force
 from cla_jax.training import Model, make_train_step
 from cla_jax.training.optimizer import make_optimizer
-from cla_jax.training.step import init_state, state_shardings
+from cla_jax.training.step import abstract_state
 
 __all__ = [
     "TPU_MEMORY",
@@ -105,10 +105,7 @@ def lower_train_step(
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
     data = training.data
-    state = _placed(
-        jax.eval_shape(lambda: init_state(model, optimizer, 0)),
-        state_shardings(model, optimizer, layout),
-    )
+    state = abstract_state(model, optimizer, layout)
     window = (data.batch_size, data.sequence_length + 1)
     names = ["tokens", *(["documents"] if data.document_mask else [])]
     batch = {name: jax.ShapeDtypeStruct(window, jnp.int32, sharding=layout.of(("batch", "length")))
@@ -175,7 +172,3 @@ def _inference(
 
 def _at(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(_at, shapes, shardings)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from cla_kernels import target_device
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -107,13 +108,16 @@ def attention_path(
         dtype: of queries, keys and values.
         masked_length: `T`, where a document mask is used: cuDNN takes masks of even length.
     """
-    device = jax.devices()[0]
     if platform() == "tpu":
         lanes = splash.padded(head_dim)
         why = "fused" if lanes == head_dim else f"fused, head dim {head_dim} zero-padded to {lanes}"
         return AttentionPath("splash", lanes, why)
+    device = target_device()
     if device.platform not in ("gpu", "cuda"):
         return AttentionPath("xla", head_dim, f"{device.platform} has no fused kernel in jax.nn")
+    if not hasattr(device, "compute_capability"):
+        why = f"the compute capability of {device.device_kind} is not known here"
+        return AttentionPath("xla", head_dim, why)
     capability = float(device.compute_capability)
     largest = 256 if capability >= 9.0 else 128
     if capability < 8.0:

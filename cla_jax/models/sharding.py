@@ -1,8 +1,8 @@
 """Logical axis names on parameters and activations; meshes are somebody else's business.
 
 Models only *name* axes, the letters of the axis legend spelled out. Which mesh axes, if any, a name
-is laid out over is said by the rules in force (`use_rules`); without a mesh or without rules every
-name is inert.
+is laid out over is said by the rules in force (`use_rules`). They know every name: one that they do
+not know is refused. Without a mesh or without rules every name is inert.
 
 Parameter axes: `vocab`, `embed` (D), `norm` (D of a norm), `heads` (N), `kv_heads` (K), `head_dim`
 (H), `mlp` (F), `layers` (the stacked axis of a segment), `layers_outside` (of one beside a
@@ -21,9 +21,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from cla_kernels import target_device
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
+
+from cla_jax._choices import check_choice
 
 Axes = tuple[Any, ...]
 """A name for each dimension; None: copied; `PartitionSpec.UNCONSTRAINED`: as it comes."""
@@ -65,8 +68,15 @@ def partition_spec(axes: Axes) -> PartitionSpec:
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
-    """Those that the rules in force lay a logical axis out over, but for axes mapped already."""
-    given = dict(get_logical_axis_rules()).get(axis) if axis else None
+    """Those that the rules in force lay a logical axis out over, but for axes mapped already.
+
+    Raises:
+        ValueError: the rules do not know the axis; names the nearest that they do.
+    """
+    given = None
+    if axis is not None and (rules := dict(get_logical_axis_rules())):
+        check_choice("logical axis", axis, rules)
+        given = rules[axis]
     names = (given,) if isinstance(given, str) else tuple(given or ())
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in names if name not in manual)
@@ -80,9 +90,7 @@ def shards(axis: str) -> int:
 
 def platform() -> str:
     """What code is traced for: the mesh's devices, which may be of another machine; else ours."""
-    mesh = jax.sharding.get_abstract_mesh()
-    of_mesh = None if mesh.empty else mesh.abstract_device
-    return jax.devices()[0].platform if of_mesh is None else of_mesh.platform
+    return target_device().platform
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
@@ -104,12 +112,17 @@ def laid_out_as(**axes: str) -> Iterator[None]:
 
     Args:
         axes: by name, the other: `batch="batch_outside"`.
+
+    Raises:
+        ValueError: the rules do not know an axis; names the nearest that they do.
     """
     rules = dict(get_logical_axis_rules())
     if not rules:
         yield
         return
-    changed = {axis: rules.get(other, rules.get(axis)) for axis, other in axes.items()}
+    for axis in (*axes, *axes.values()):
+        check_choice("logical axis", axis, rules)
+    changed = {axis: rules[other] for axis, other in axes.items()}
     with use_rules(tuple({**rules, **changed}.items())):
         yield
 

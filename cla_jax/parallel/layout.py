@@ -48,7 +48,7 @@ class Layout:
 
     def shards(self, axis: str) -> int:
         """Parts that a logical axis is split into."""
-        return math.prod(self.mesh_config.sizes[name] for name in getattr(self.rules, axis))
+        return math.prod(self.mesh_config.sizes[name] for name in self.rules.mesh_axes(axis))
 
     @property
     def replicated(self) -> NamedSharding:

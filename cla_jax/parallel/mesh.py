@@ -33,6 +33,17 @@ def resolve_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Me
     return resolved
 
 
+def one_device_note(config: MeshConfig, devices: Sequence[Any] | None = None) -> str:
+    """What to say where a mesh was asked for and is one device; empty for any other, and for none.
+
+    Raises:
+        ValueError: the sizes do not fit the devices; names sizes that do.
+    """
+    if config == MeshConfig() or resolve_mesh(config, devices).devices > 1:
+        return ""
+    return f"mesh {config} is one device here: nothing is split, as without a mesh"
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the four axes, whose shardings XLA propagates (`AxisType.Auto`).
 

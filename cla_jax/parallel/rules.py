@@ -8,6 +8,7 @@ import math
 
 from jax.sharding import PartitionSpec
 
+from cla_jax._choices import check_choice
 from cla_jax._mesh import MeshConfig
 from cla_jax.configs import ModelConfig, nearest_divisor
 
@@ -93,12 +94,25 @@ class Rules:
         names = [field.name for field in dataclasses.fields(self)]
         return tuple((name, self._entry(name)) for name in names)
 
+    def mesh_axes(self, axis: str) -> Axes:
+        """Of one logical axis.
+
+        Raises:
+            ValueError: there is no such axis; names the nearest.
+        """
+        check_choice("logical axis", axis, [field.name for field in dataclasses.fields(self)])
+        return getattr(self, axis)
+
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The mesh axes of an array with these logical axes."""
-        return PartitionSpec(*(self._entry(axis) if axis else None for axis in axes))
+        """The mesh axes of an array with these logical axes.
+
+        Raises:
+            ValueError: there is no such axis; names the nearest.
+        """
+        return PartitionSpec(*(None if axis is None else self._entry(axis) for axis in axes))
 
     def _entry(self, name: str) -> Axes | str | None:
-        axes: Axes = getattr(self, name)
+        axes = self.mesh_axes(name)
         return axes[0] if len(axes) == 1 else axes or None
 
 

@@ -3,7 +3,8 @@
 from cla_jax.training.initial import InitialParams
 from cla_jax.training.loss import token_losses, weighted_loss
 from cla_jax.training.step import Model, TrainState, init_state, make_train_step
-from cla_jax.training.trainer import Trained, check_run, train, validate
+from cla_jax.training.trainer import Trained, check_run, train
+from cla_jax.training.validation import validate
 
 __all__ = [
     "InitialParams",

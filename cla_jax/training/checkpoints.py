@@ -105,8 +105,8 @@ class Checkpoints:
         """The newest checkpoint, or None if there is none.
 
         Args:
-            like: arrays or shapes of the state to restore into, where it is to lie: on any mesh,
-                whichever it was saved from.
+            like: the state to restore into (`abstract_state`, or arrays): shapes, and where it is
+                to lie, on any mesh, whichever it was saved from.
 
         Raises:
             ValueError: the checkpoint belongs to another architecture or other data (names every

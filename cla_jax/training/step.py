@@ -181,8 +181,38 @@ def state_shardings(
     model: Model, optimizer: optax.GradientTransformation, layout: Layout
 ) -> TrainState:
     """Where every array of a state lies: what the optimizer keeps of a parameter lies with it."""
+    return _shardings(_shapes(model, optimizer), model, optimizer, layout)
+
+
+def abstract_state(
+    model: Model, optimizer: optax.GradientTransformation, layout: Layout | None = None
+) -> TrainState:
+    """The shapes of a state, with where they lie: what a checkpoint is restored into.
+
+    Args:
+        model: the decoder.
+        optimizer: of its parameters.
+        layout: of the state; default the default device.
+    """
+    shapes = _shapes(model, optimizer)
+    if layout is None:
+        here = jnp.zeros((), jnp.int32).sharding
+        shardings = jax.tree.map(lambda _: here, shapes)
+    else:
+        shardings = _shardings(shapes, model, optimizer, layout)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _shapes(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    return jax.eval_shape(lambda: _begin(model.init(0), optimizer))
+
+
+def _shardings(
+    shapes: TrainState, model: Model, optimizer: optax.GradientTransformation, layout: Layout
+) -> TrainState:
     of_params = layout.of(model.axes)
-    shapes = jax.eval_shape(lambda: _begin(model.init(0), optimizer))
     of_optimizer = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,

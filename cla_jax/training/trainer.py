@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from rich.console import Console
 
 from cla_jax.configs import DataConfig, ModelConfig, TrainConfig
 from cla_jax.data.files import append_json, write_json
-from cla_jax.data.pipeline import batch_rows, batches, evaluation_batches, training_rows
+from cla_jax.data.pipeline import batch_rows, batches
 from cla_jax.data.prepared import keep_tokenizer, tokenizer_record
-from cla_jax.data.token_stream import Streams, TokenStream
+from cla_jax.data.token_stream import Streams
 from cla_jax.models.attention import attention_path
 from cla_jax.parallel import Layout, check_mesh, in_force, make_layout
+from cla_jax.parallel.mesh import one_device_note, resolve_mesh
 from cla_jax.parallel.processes import (
     agree,
     check_same,
@@ -28,6 +29,7 @@ from cla_jax.parallel.processes import (
     naming_lost_processes,
 )
 from cla_jax.training.checkpoints import Checkpoints
+from cla_jax.training.checks import check_streams
 from cla_jax.training.hardware import peak_flops
 from cla_jax.training.initial import InitialParams
 from cla_jax.training.interruption import Interrupted, StopRequest
@@ -44,6 +46,7 @@ from cla_jax.training.step import (
     Model,
     Params,
     TrainState,
+    abstract_state,
     begin_state,
     init_state,
     make_eval_step,
@@ -51,6 +54,7 @@ from cla_jax.training.step import (
     state_shardings,
 )
 from cla_jax.training.trackers import Listener, check_trackers, open_trackers
+from cla_jax.training.validation import mean_loss
 
 _LARGEST_LOSS = 700.0  # nats: whose exponential is still a float
 
@@ -139,7 +143,7 @@ def train(
     resolved = {
         **identity,
         "execution": dataclasses.asdict(training.execution),
-        "mesh": str(training.mesh if layout is None else layout.mesh_config),
+        "mesh": str(resolve_mesh(training.mesh)),
         "pass": schedule.record,
         "attention": f"{path.implementation}: {path.reason}",
         "versions": installed,
@@ -149,32 +153,38 @@ def train(
         resolved["tokenizer"] = tokenizer_record(tokenizer)
     model = Model(config, training.execution)
     optimizer = make_optimizer(training.optimizer, training.steps)
-    if initial is None:
-        state = init_state(model, optimizer, training.seed, layout)
-    else:
-        shapes = jax.eval_shape(lambda: model.init(0))
-        shardings = None if layout is None else state_shardings(model, optimizer, layout)
-        params = initial.on_device(shapes, config.name, shardings and shardings.params)
-        state = begin_state(params, optimizer, shardings)
     rows = None if layout is None else layout.rows(training.data.batch_size)
     iterator = iter(batches(streams.train, training.data, rows=rows))
 
+    def first_state() -> TrainState:
+        if initial is None:
+            return init_state(model, optimizer, training.seed, layout)
+        shapes = jax.eval_shape(lambda: model.init(0))
+        shardings = None if layout is None else state_shardings(model, optimizer, layout)
+        params = initial.on_device(shapes, config.name, shardings and shardings.params)
+        return begin_state(params, optimizer, shardings)
+
+    begun = first_says((directory / "config.json").exists)
+    # A new run's may be refused, before anything is written. One that goes on has its state from
+    # the checkpoint, and no room beside it for another.
+    state = None if begun else first_state()
+
     result_file, metrics_file = directory / "result.json", directory / "metrics.jsonl"
 
-    def begin() -> bool:
+    def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        begun = (directory / "config.json").exists()
         if not begun:
             write_json(directory / "config.json", resolved)
         if tokenizer is not None:
             keep_tokenizer(directory, tokenizer)
-        return begun
 
-    begun = first_says(begin)
+    first_says(begin)
     with Checkpoints(
         directory / "checkpoints", identity, keep=training.keep_checkpoints, force=force
     ) as checkpoints:
-        if (restored := checkpoints.restore(state)) is not None:
+        like = abstract_state(model, optimizer, layout)
+        restored = checkpoints.restore(like) if begun else None
+        if restored is not None:
             state = restored.state
             iterator.set_state(restored.data)
         if first_says(result_file.exists):
@@ -184,7 +194,8 @@ def train(
                     "back, or train in another directory"
                 )
             finished = first_says(lambda: read_json(result_file))
-            return Trained(directory, model, state.params, finished)
+            return Trained(directory, model, restored.state.params, finished)
+        state = first_state() if state is None else state
         start = int(state.step)
         if begun and first:  # what the run was begun with stays as it was written
             append_json(directory / "resumes.jsonl", {"step": start, **resolved})
@@ -202,6 +213,8 @@ def train(
                     + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
                 )
                 progress.say(f"{config.name}: {schedule}")
+            elif note := one_device_note(training.mesh):
+                progress.say(f"{config.name}: {note}")
             if start:
                 progress.say(f"{config.name}: resumed at step {start}")
             loop = _Loop(model, training, streams, checkpoints, log, progress, stop, layout)
@@ -241,44 +254,12 @@ def check_run(
     Raises:
         ValueError: as `train`.
     """
-    _check_streams(config, training.data, streams)
+    check_streams(config, training.data, streams)
     check_mesh(config, training)
     check_trackers(training.trackers if is_first() else ())
     identity = identity_of(config, training, streams, initial)
     check_directory(Path(directory), identity, resume, force)
     return identity
-
-
-def validate(
-    config: ModelConfig, training: TrainConfig, streams: Streams, initial: InitialParams
-) -> float:
-    """The mean loss over the validation stream, nats per token, as `train` measures it.
-
-    Raises:
-        ValueError: streams that do not go with the model, parameters of another.
-    """
-    _check_streams(config, training.data, streams)
-    model = Model(config, training.execution)
-    params = initial.on_device(jax.eval_shape(lambda: model.init(0)), config.name)
-    eval_step, total, count = make_eval_step(model), 0.0, 0.0
-    for batch in _validation_batches(training, streams, None):
-        losses, tokens = eval_step(params, batch)
-        total, count = total + float(losses), count + float(tokens)
-    return total / count
-
-
-def _validation_batches(
-    training: TrainConfig, streams: Streams, layout: Layout | None
-) -> Iterable[dict[str, Any]]:
-    data, batch = training.data, _validation_batch(training)
-    return evaluation_batches(
-        streams.validation, data.sequence_length, batch, limit=training.eval_tokens,
-        document_ids=data.document_mask, rows=None if layout is None else layout.rows(batch),
-    )  # fmt: skip
-
-
-def _validation_batch(training: TrainConfig) -> int:
-    return training.micro_batch_size or training.data.batch_size
 
 
 def _result(
@@ -340,7 +321,9 @@ class _Loop:
         self._clock, self._logged = time.perf_counter(), step
         while step < training.steps:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                batch = self._placed(next(iterator), training.data.batch_size)
+                batch = next(iterator)
+                if self.layout is not None:
+                    batch = self.layout.batch(batch, training.data.batch_size)
                 state, metrics = train_step(state, batch)
             step += 1
             # A step's metrics are read when the next is under way, so that reading never idles
@@ -407,14 +390,16 @@ class _Loop:
         Raises:
             Interrupted: a signal came during the `last` one, whose state is saved already.
         """
-        total = count = 0.0
-        rows = _validation_batch(self.training)
-        for batch in _validation_batches(self.training, self.streams, self.layout):
+        step = int(state.step)
+
+        def look() -> None:
             if last and self.stop.came():
-                self._leave(int(state.step))
-            losses, tokens = self.eval_step(state.params, self._placed(batch, rows))
-            total, count = total + float(losses), count + float(tokens)
-        loss, step = total / count, int(state.step)
+                self._leave(step)
+
+        loss = mean_loss(
+            self.eval_step, state.params, self.training, self.streams, self.layout,
+            before_each=look,
+        )  # fmt: skip
         if not loss < _LARGEST_LOSS:
             raise FloatingPointError(
                 f"the validation loss of step {step} is {loss}: it has no perplexity. A lower "
@@ -434,47 +419,10 @@ class _Loop:
         """Step of the last validation in the log, which process 0 keeps."""
         return first_says(lambda: self.log.last_step("validation_loss"))
 
-    def _placed(self, batch: dict[str, Any], rows: int) -> dict[str, Any]:
-        return batch if self.layout is None else self.layout.batch(batch, rows)
-
     def _leave(self, step: int) -> None:
         assert self.stop.signal is not None
         self.checkpoints.wait()
         raise Interrupted(self.stop.signal, step)
-
-
-def _check_streams(config: ModelConfig, data: DataConfig, streams: Streams) -> None:
-    for stream in (streams.train, streams.validation):
-        if stream.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"tokenizer {stream.tokenizer!r} has {stream.vocab_size} ids, more than "
-                f"{config.name}'s vocab_size={config.vocab_size}: use a model with at least "
-                f"{stream.vocab_size}, or a smaller tokenizer"
-            )
-    if data.sequence_length > config.sequence_length:
-        raise ValueError(
-            f"sequence_length={data.sequence_length} is longer than {config.name}'s "
-            f"{config.sequence_length}; the longest that it takes is {config.sequence_length}"
-        )
-    _check_length(streams.train, data)
-    if streams.validation.num_tokens < 2:
-        raise ValueError("the validation stream has no token to predict: give it more text")
-
-
-def _check_length(stream: TokenStream, data: DataConfig) -> None:
-    if stream.num_tokens <= data.sequence_length and data.packing == "concat":
-        raise ValueError(
-            f"the {stream.split} stream has {stream.num_tokens} tokens: shorter than one window of "
-            f"sequence_length={data.sequence_length}; the longest that works is "
-            f"{max(stream.num_tokens - 1, 0)}"
-        )
-    rows = len(training_rows(stream, data))
-    if rows < data.batch_size:
-        raise ValueError(
-            f"the {stream.split} stream has {stream.num_tokens} tokens, {rows} rows of "
-            f"{data.sequence_length}: fewer than one batch of {data.batch_size}; the largest "
-            f"batch_size that works is {rows}"
-        )
 
 
 def _tokens_per_step(data: DataConfig) -> int:

@@ -3,15 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from cla_kernels._target import gpu_obstacle, target_device
+
 _MULTIPLE = 8
 MOST_ROWS = 65_535
 
 
 def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> str:
-    """Why cuDNN cannot take these inputs on the default device; empty if it can."""
-    device = jax.devices()[0]
-    if device.platform not in ("gpu", "cuda"):
-        return f"{device.platform} is no NVIDIA GPU"
+    """Why cuDNN cannot take these inputs on the target device; empty if it can."""
+    device = target_device()
+    if no_gpu := gpu_obstacle(device):
+        return no_gpu
     capability = float(device.compute_capability)
     largest = 256 if capability >= 9.0 else 128
     if capability < 8.0:

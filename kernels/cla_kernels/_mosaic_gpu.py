@@ -14,6 +14,7 @@ from jax import lax
 from cla_kernels._combine import combine, cut_rows
 from cla_kernels._partial import Cached, partial_attention
 from cla_kernels._schedule import schedule
+from cla_kernels._target import gpu_obstacle, target_device
 from cla_kernels._tuning import (
     MOST_COLUMNS,
     MOST_ROWS,
@@ -25,10 +26,10 @@ from cla_kernels._tuning import (
 
 
 def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> str:
-    """Why this kernel cannot take these inputs on the default device; empty if it can."""
-    device = jax.devices()[0]
-    if device.platform not in ("gpu", "cuda"):
-        return f"{device.platform} is no NVIDIA GPU"
+    """Why this kernel cannot take these inputs on the target device; empty if it can."""
+    device = target_device()
+    if no_gpu := gpu_obstacle(device):
+        return no_gpu
     if (capability := float(device.compute_capability)) != 9.0:
         return f"it is for compute capability 9.0, this is {capability}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):

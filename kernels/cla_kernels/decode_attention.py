@@ -107,7 +107,9 @@ def decode_attention(
 def choose_implementation(
     q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct
 ) -> tuple[Implementation, str]:
-    """The fastest implementation for these inputs on the default device, and why in one line.
+    """The fastest implementation for these inputs, and why in one line.
+
+    On the devices of the mesh in force, which may be of another machine, or the default device.
 
     Args:
         q: queries `[B, T, N, H]`, or their shape and dtype.

@@ -100,3 +100,24 @@ def test_meshes_are_refused_before_text_or_model_is_read(run, tmp_path, monkeypa
         code, _, error = run(*arguments)
         assert code == 1
         assert part in error
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (
+            ("--mesh", "data=2", "--training.mesh.fsdp", "4"),
+            ["--mesh data=2 and --training.mesh.* (fsdp=4) both"],
+        ),
+        (
+            ("--mesh", "stage=2", "--microbatches", "4",
+             "--training.execution.pipeline-microbatches", "2"),
+            ["--microbatches 4", "pipeline-microbatches 2 both"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_named_in_two_ways_is_refused(run, tmp_path, given, parts):
+    code, _, error = run("train", "tiny/MQA", "--out", str(tmp_path / "run"), *given)
+    assert code == 1
+    assert all(part in error for part in parts), error
+    assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cla_kernels import choose_implementation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,6 +104,39 @@ def test_a_gpu_takes_what_cudnn_can(
     path = attention_path(head_dim, jnp.dtype(dtype))
     assert (path.implementation, path.head_dim) == (implementation, padded)
     assert path.reason
+
+
+@pytest.mark.parametrize(("there", "implementation"), [("cpu", "xla"), ("tpu", "splash")])
+def test_a_mesh_of_other_devices_counts_rather_than_this_machine(
+    monkeypatch, there, implementation
+):
+    """As where a machine with a GPU compiles for devices that it has not."""
+    gpu, real = types.SimpleNamespace(platform="gpu", compute_capability="9.0"), jax.devices
+
+    def devices(platform=None):
+        return [gpu] if platform is None else real(platform)
+
+    kind = jax.sharding.AbstractDevice(there, num_cores=1, platform=there)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=kind)
+    q, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 1, 16, 128), (1, 8, 1024, 1, 128)))
+    monkeypatch.setattr(jax, "devices", devices)
+    assert attention_path(128, jnp.dtype("bfloat16")).implementation == "cudnn"
+    assert choose_implementation(q, k)[0] == "mosaic_gpu"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention_path(128, jnp.dtype("bfloat16")).implementation == implementation
+        taken, reason = choose_implementation(q, k)
+    assert taken == "xla"
+    assert f"{there} is no NVIDIA GPU" in reason
+
+
+def test_a_gpu_that_is_not_there_has_no_known_capability():
+    kind = jax.sharding.AbstractDevice("some GPU", num_cores=1, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=kind)
+    with jax.sharding.use_abstract_mesh(mesh):
+        path = attention_path(128, jnp.dtype("bfloat16"))
+    if jax.default_backend() != "gpu":
+        assert path.implementation == "xla"
+        assert "some GPU is not known" in path.reason
 
 
 # --- rotary ---------------------------------------------------------------------------------------

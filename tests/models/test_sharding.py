@@ -9,9 +9,16 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
-from cla_jax.configs import ModelConfig
+from cla_jax.configs import MeshConfig, ModelConfig
 from cla_jax.models import Decoder, DecoderLayer
-from cla_jax.models.sharding import constrain, logical_axes, partition_spec
+from cla_jax.models.sharding import (
+    constrain,
+    laid_out_as,
+    logical_axes,
+    partition_spec,
+    shards,
+)
+from cla_jax.parallel import Layout
 from cla_jax.sharing import KVSharing
 from tests.models import reference
 
@@ -73,7 +80,7 @@ def test_segments_of_readers_have_no_kv_parameters(sharing):
 ALL_AXES = (
     ("vocab", "tensor"), ("embed", "fsdp"), ("heads", "tensor"), ("kv_heads", "tensor"),
     ("head_dim", None), ("mlp", "tensor"), ("layers", None), ("pair", None), ("batch", "data"),
-    ("length", None), ("model", None),
+    ("length", None), ("model", None), ("norm", None),
 )  # fmt: skip
 DATA_ONLY = tuple((axis, ("data", "fsdp") if axis == "batch" else None) for axis, _ in ALL_AXES)
 
@@ -123,3 +130,22 @@ def test_a_constraint_lays_activations_out_only_where_a_mesh_and_rules_are():
             y = jax.jit(lambda x: constrain(x, *axes))(x)
             assert y.sharding.spec[0] == "data"
     np.testing.assert_array_equal(x, y)
+
+
+def test_an_axis_that_the_rules_do_not_know_is_refused():
+    """It would be copied to every device, without a word."""
+    x = jnp.zeros((8, 4))
+    with jax.set_mesh(mesh()), nnx.logical_axis_rules(ALL_AXES):
+        with pytest.raises(ValueError, match=r"logical axis='batches'.*the nearest is 'batch'"):
+            constrain(x, "batches", None)
+        with pytest.raises(ValueError, match=r"logical axis='lenght'.*the nearest is 'length'"):
+            shards("lenght")
+        with (
+            pytest.raises(ValueError, match=r"logical axis='batch_ouside'"),
+            laid_out_as(batch="batch_ouside"),
+        ):
+            pass
+    layout = Layout.on(MeshConfig(data=2), config_of("llama", KVSharing.none(2)))
+    for refused in (lambda: layout.of(("batches",)), lambda: layout.shards("batches")):
+        with pytest.raises(ValueError, match=r"logical axis='batches'.*the nearest is 'batch'"):
+            refused()

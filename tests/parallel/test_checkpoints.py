@@ -11,7 +11,7 @@ from cla_jax.configs import OptimizerConfig
 from cla_jax.training import init_state
 from cla_jax.training.checkpoints import Checkpoints, load_params
 from cla_jax.training.optimizer import make_optimizer
-from cla_jax.training.step import state_shardings
+from cla_jax.training.step import abstract_state, state_shardings
 from tests.parallel.models import layout_of, model_of
 
 # Layers 1 to 4 of six are in stages.
@@ -45,7 +45,9 @@ def test_any_mesh_to_any_other(saved_on, tmp_path):
     with Checkpoints(tmp_path, IDENTITY) as checkpoints:
         checkpoints.save(placed(saved_on), {"next_index": 3})
     for mesh in MESHES:
-        like = placed(mesh)
+        like = abstract_state(MODEL, OPTIMIZER, layout_of("deep KeepEnds", mesh))
+        lies = [leaf.sharding for leaf in jax.tree.leaves(like)]
+        assert lies == [leaf.sharding for leaf in jax.tree.leaves(placed(mesh))]
         with Checkpoints(tmp_path, IDENTITY) as checkpoints:
             restored = checkpoints.restore(like)
         assert restored is not None

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from cla_jax.configs import DataConfig, ExecutionConfig, MeshConfig, TrainConfig
 from cla_jax.models.pipeline import microbatches
 from cla_jax.parallel import Rules, Schedule, check_mesh, make_layout, make_mesh
+from cla_jax.parallel.mesh import one_device_note
 from cla_jax.recipes import RECIPES
 from cla_jax.registry import model as registered
 from cla_jax.sharing import KVSharing
@@ -21,7 +22,7 @@ from tests.parallel.models import config_of
 
 @pytest.mark.parametrize(
     ("text", "sizes"),
-    [("", {}), ("none", {}), ("fsdp=4,tensor=2", {"fsdp": 4, "tensor": 2}), ("data", {"data": 8}),
+    [("", {}), (" none ", {}), ("fsdp=4,tensor=2", {"fsdp": 4, "tensor": 2}), ("data", {"data": 8}),
      ("fsdp", {"fsdp": 8}), ("tensor", {"tensor": 8}), (" data = 2 , fsdp", {"data": 2, "fsdp": 4}),
      ("tensor=auto,data=4", {"tensor": 2, "data": 4}), ("fsdp=-1", {"fsdp": 8})],
 )  # fmt: skip
@@ -35,7 +36,9 @@ def test_meshes_are_read_and_filled_up(text, sizes):
     ("text", "parts"),
     [("fdsp=4", ["fdsp", "nearest is 'fsdp'"]), ("data=2,data=4", ["data twice"]),
      ("tensor=two", ["tensor='two'", "fsdp=4,tensor=2"]), ("data,fsdp", ["data and fsdp", "auto"]),
-     ("data=0", ["data=0", "1 or more"]),
+     ("data=0", ["data=0", "1 or more", "nearest is data=1"]),
+     (",", ["',' names no axis", "fsdp=4,tensor=2", "none"]), ("data=2,", ["names no axis"]),
+     ("data=2,none", ["no mesh and one at once"]), ("nome", ["stage, none", "is 'none'"]),
      ("fsdp=4,tensor=4", ["16 devices", "there are 8", "fsdp=2,tensor=4", "fsdp=4,tensor=2"]),
      ("data=3,tensor", ["data=3,tensor=auto", "8 devices", "data=2,tensor=4"])],
 )  # fmt: skip
@@ -43,6 +46,20 @@ def test_meshes_that_are_refused(text, parts):
     with pytest.raises(ValueError, match="mesh") as error:
         MeshConfig.parse(text).resolved(8)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_a_size_is_a_whole_number():
+    with pytest.raises(ValueError, match="mesh: fsdp=True: expected a number of devices"):
+        MeshConfig(fsdp=True)
+
+
+def test_a_mesh_of_one_device_is_remarked_on():
+    one = jax.devices()[:1]
+    assert one_device_note(MeshConfig.parse("fsdp"), one) == (
+        "mesh fsdp=auto is one device here: nothing is split, as without a mesh"
+    )
+    assert not one_device_note(MeshConfig.parse("fsdp"))
+    assert not one_device_note(MeshConfig(), one)
 
 
 @given(st.integers(1, 64), st.lists(st.integers(1, 9), min_size=4, max_size=4), st.booleans())

@@ -96,6 +96,19 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     assert len(jax.tree.leaves(again.params)[0].devices()) == 2
 
 
+def test_a_mesh_of_one_device_is_said_and_recorded_as_none(tmp_path, monkeypatch, capfd):
+    """As `--mesh fsdp`, which takes all devices, where there is one."""
+    streams, devices = write_streams(tmp_path / "streams", TEXT), jax.devices
+    monkeypatch.setattr(jax, "devices", lambda *given: devices(*given)[:1])
+    run = tmp_path / "run"
+    train(CONFIG, dataclasses.replace(on("fsdp"), steps=1), streams, run)
+    note = "mesh fsdp=auto is one device here: nothing is split"
+    assert note in capfd.readouterr().err
+    assert json.loads((run / "config.json").read_text())["mesh"] == "none"
+    load(run, mesh=MeshConfig.parse("tensor"))
+    assert note.replace("fsdp", "tensor") in capfd.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("begun", "resumed"), [("stage=2,data=2", "tensor=2"), ("fsdp=2", "stage=2,tensor=2")]

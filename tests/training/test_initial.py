@@ -9,9 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cla_jax.configs import DataConfig, ExecutionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from cla_jax.configs import (
+    DataConfig,
+    ExecutionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from cla_jax.sharing import KVSharing
-from cla_jax.training import InitialParams, Model, train, validate
+from cla_jax.training import InitialParams, Model, train, validate, validation
 from cla_jax.training.initial import params_fingerprint
 from cla_jax.training.metrics import MetricLog, read_metrics
 from tests.training.streams import write_streams
@@ -61,6 +68,24 @@ def test_begins_with_them_and_leaves_them_as_they_are(streams, tmp_path):
     seeded = train(CONFIG, dataclasses.replace(frozen, seed=7), streams, tmp_path / "seeded")
     jax.tree.map(np.testing.assert_array_equal, seeded.params, run.params)
     assert losses(seeded.directory) == [(1, after)]
+
+
+def test_validation_is_on_the_mesh_of_the_recipe(streams, monkeypatch):
+    initial, placed, measure = InitialParams(lambda: params(7)), [], validation.mean_loss
+
+    def watched(step, params, *rest):
+        placed.append({len(leaf.devices()) for leaf in jax.tree.leaves(params)})
+        return measure(step, params, *rest)
+
+    monkeypatch.setattr(validation, "mean_loss", watched)
+    alone, on_mesh = (
+        validate(CONFIG, dataclasses.replace(TRAINING, mesh=mesh), streams, initial)
+        for mesh in (MeshConfig(), MeshConfig(fsdp=2, tensor=2))
+    )
+    assert on_mesh == pytest.approx(alone, rel=1e-5)
+    assert placed == [{1}, {4}]
+    with pytest.raises(ValueError, match="batch_size=4; the nearest that works is 3"):
+        validate(CONFIG, dataclasses.replace(TRAINING, mesh=MeshConfig(data=3)), streams, initial)
 
 
 @pytest.mark.parametrize(  # after the first validation, after steps

@@ -266,6 +266,23 @@ def test_resume_between_logged_steps(streams, tmp_path):
     assert [r["step"] for r in numbers(resumed.directory)] == [5, 10, 12, 12]
 
 
+def test_a_run_that_goes_on_makes_no_state_beside_the_checkpoints(straight, streams, tmp_path):
+    """There may be no memory for two."""
+    run = tmp_path / "run"
+    shutil.copytree(straight.directory, run)
+    (run / "result.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "init_state", lambda *_: pytest.fail("made a state"))
+        restore = trainer.Checkpoints.restore
+
+        def of_shapes(checkpoints, like):
+            assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(like))
+            return restore(checkpoints, like)
+
+        patch.setattr(trainer.Checkpoints, "restore", of_shapes)
+        same_run(train(CONFIG, TRAINING, streams, run, resume=True), straight)
+
+
 def test_resume_of_a_finished_run_only_loads_it(straight, streams, monkeypatch):
     before = contents(straight.directory)
     monkeypatch.setattr(trainer._Loop, "run", None)
