@@ -84,7 +84,7 @@ def test_validation_is_on_the_mesh_of_the_recipe(streams, monkeypatch):
     )
     assert on_mesh == pytest.approx(alone, rel=1e-5)
     assert placed == [{1}, {4}]
-    with pytest.raises(ValueError, match="batch_size=4; the nearest that works is 3"):
+    with pytest.raises(ValueError, match="a batch of 4 rows; the nearest that works is 3"):
         validate(CONFIG, dataclasses.replace(TRAINING, mesh=MeshConfig(data=3)), streams, initial)
 
 
