@@ -23,6 +23,7 @@ from cla_jax.models import Decoder
 from cla_jax.parallel import Layout, check_inference_mesh, in_force, make_layout
 from cla_jax.parallel.mesh import one_device_note
 from cla_jax.training.checkpoints import load_params
+from cla_jax.training.initial import InitialParams
 from cla_jax.training.run_directory import read_json
 from cla_jax.training.step import Model
 
@@ -322,10 +323,9 @@ def _load_huggingface(
     if layout is None:
         return TextModel(config, checkpoint.decoder(execution), text)
     model = Model(config, execution)
-    params = jax.tree.map(
-        lambda a, s: jax.device_put(np.asarray(a, np.float32), s),
-        checkpoint.params, layout.of(model.axes),
-    )  # fmt: skip
+    params = InitialParams(lambda: checkpoint.params).on_device(
+        jax.eval_shape(lambda: model.init(0)), config.name, layout.of(model.axes)
+    )
     return TextModel(config, model(params), text, layout)
 
 

@@ -10,6 +10,7 @@ import math
 from typing import Any, cast
 
 from cla_jax.configs import ModelConfig, RopeScaling
+from cla_jax.conversion.hf_keys import WHY, off_values
 from cla_jax.conversion.layouts import GPT_NEOX, LLAMA, family, is_native
 from cla_jax.sharing import KVSharing
 
@@ -22,34 +23,6 @@ _ARCHITECTURES = {LLAMA: "LlamaForCausalLM", GPT_NEOX: "GPTNeoXForCausalLM"}
 _OURS = {LLAMA: "ClaLlamaForCausalLM", GPT_NEOX: "ClaGPTNeoXForCausalLM"}
 _ACTIVATION = {LLAMA: "silu", GPT_NEOX: "gelu"}
 
-# Settings that change what a model computes and that ours has nothing for, with the values that
-# switch them off.
-_OFF: dict[str, tuple[Any, ...]] = {
-    "sliding_window": (None,),
-    "use_sliding_window": (None, False),
-    "qk_norm": (None, False),
-    "use_qk_norm": (None, False),
-    "qk_layernorm": (None, False),
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "n_routed_experts": (None, 0),
-    "quantization_config": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "cross_attention": (None, False),
-    "add_cross_attention": (None, False),
-}
-_OFF_BY_FAMILY: dict[str, dict[str, tuple[Any, ...]]] = {
-    LLAMA: {"attention_bias": (None, False), "mlp_bias": (None, False)},
-    GPT_NEOX: {"attention_bias": (None, True)},
-}
-_WHY = {
-    "attention_bias": "this library has biases on every projection (GPT-NeoX) or none (Llama)",
-    "mlp_bias": "this library has biases on every projection (GPT-NeoX) or none (Llama)",
-}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -65,10 +38,10 @@ def from_hf_config(values: dict[str, Any], name: str) -> ModelConfig:
             size that is missing or no number.
     """
     kind = _family_of(values, name)
-    for key, off in {**_OFF, **_OFF_BY_FAMILY[kind]}.items():
+    for key, off in off_values(kind).items():
         unused = key == "sliding_window" and values.get("use_sliding_window") is False
         if not any(values.get(key) is v or values.get(key) == v for v in off) and not unused:
-            why = f": {_WHY[key]}" if key in _WHY else ""
+            why = f": {WHY[key]}" if key in WHY else ""
             raise ValueError(
                 f"{name}: {key}={values[key]!r} is not supported{why}; expected {off[-1]!r}"
             )

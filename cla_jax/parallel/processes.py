@@ -7,6 +7,7 @@ that is lost in the middle of a run.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ __all__ = [
 
 SLURM = "slurm"
 JOIN_SECONDS = 120
+_NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 HEARTBEAT_SECONDS = 30
 _SLURM_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID",
@@ -285,21 +287,31 @@ def _gather(text: str) -> list[str]:
 def _check_port(coordinator: str) -> None:
     port = int(coordinator.rpartition(":")[2])
     try:
-        with _listening_socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
+        _try_to_listen(port)
     except OSError as error:
         raise ValueError(
             f"coordinator={coordinator}: process 0 cannot listen on port {port} of this "
-            f"machine ({error.strerror}); choose another port, for all processes"
+            f"machine ({error.strerror}); choose another port, for all processes. If another of "
+            "them is process 0 here already, give every one a number of its own"
         ) from None
 
 
-def _listening_socket() -> socket.socket:
-    try:
-        return socket.socket(socket.AF_INET6)
-    except OSError:  # the kernel has no IPv6
-        return socket.socket(socket.AF_INET)
+def _try_to_listen(port: int) -> None:
+    """On every address: on those of IPv4 alone where the kernel has no IPv6, or it is off.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    for family in (socket.AF_INET6, socket.AF_INET):
+        try:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", port))
+        except OSError as error:
+            if family == socket.AF_INET6 and error.errno in _NO_IPV6:
+                continue
+            raise
+        return
 
 
 def _why_alone(coordinator: str, process: int, processes: int, seconds: int) -> str:
@@ -310,7 +322,8 @@ def _why_alone(coordinator: str, process: int, processes: int, seconds: int) -> 
         except OSError as error:
             return (
                 f"nothing has answered at {coordinator} for {seconds} s ({error.strerror}): is "
-                "process 0 running there, and is the port open from here?"
+                "process 0 running there (it ends where two are given the same number), and is "
+                "the port open from here?"
             )
     return (
         f"not all of {processes} processes have come within {seconds} s: start every one, with the "

@@ -19,12 +19,25 @@ def test_converts_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     Convert(str(source), "owners=0,0,2", out, kv_heads=1, match_params=True).run()
     printed = capsys.readouterr().out
     assert "kv bytes per token" in printed
+    assert "note" not in printed
     assert f"wrote {out}" in printed
     config = load_huggingface(out).config
     assert config.sharing.owners == (0, 0, 2)
     assert config.kv_heads == 1
     assert (out / "tokenizer.json").exists()
     assert json.loads((out / "config.json").read_text())["sharing_pattern"] == [0, 0, 2]
+
+
+def test_entries_that_are_not_known_are_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    more = {"clip_qkv": 8.0, "scales": [1] * 99, "use_cache": True}
+    source = written(tmp_path / "llama", **more)
+    Convert(str(source), "CLA3", tmp_path / "out").run()
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    assert "clip_qkv=8.0, scales=[1, 1, 1" in note
+    assert note.endswith("...")
+    assert "use_cache" not in note
 
 
 def test_mean_and_first_differ(tmp_path: Path):

@@ -8,8 +8,9 @@ import pytest
 
 from cla_jax.configs import ModelConfig, RopeScaling
 from cla_jax.conversion.hf_config import from_hf_config, to_hf_config
+from cla_jax.conversion.hf_keys import unknown_entries
 from cla_jax.registry import model, model_names
-from tests.conversion.checkpoints import golden
+from tests.conversion.checkpoints import NAMES, golden
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
@@ -71,6 +72,42 @@ def test_what_is_not_said_is_what_transformers_assumes():
     config = read(neox(rotary_pct="absent", use_parallel_residual="absent", hidden_act="absent"))
     assert (config.rotary, config.parallel_residual) == (2, True)
     assert read(llama(sliding_window=4096, use_sliding_window=False)) == read(llama())
+
+
+class Recorded(dict[str, Any]):
+    """Which keys are asked for."""
+
+    def __init__(self, values: dict[str, Any]):
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize(("family", "values"), [("llama", llama()), ("gpt_neox", neox())])
+def test_what_is_read_is_known_and_what_may_change_a_model_is_told(family, values):
+    recorded = Recorded(values)
+    from_hf_config(recorded, "some-model")
+    assert len(recorded.read) > 20
+    assert unknown_entries(dict.fromkeys(recorded.read, 1), family) == {}
+    more = {"clip_qkv": 8.0, "alibi": False, "torch_dtype": "float32", "use_cache": True,
+            "mystery": None, "pruned_heads": {}}  # fmt: skip
+    assert unknown_entries({**values, **more}, family) == {"alibi": False, "clip_qkv": 8.0}
+    # Each family's own: another's is not looked at.
+    assert unknown_entries({"rotary_emb_base": 7, "rope_theta": 7}, family) == (
+        {"rotary_emb_base": 7} if family == "llama" else {"rope_theta": 7}
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_of_transformers_hold_nothing_unknown(name: str):
+    assert unknown_entries(golden(name)[0], name.partition("/")[0]) == {}
 
 
 @pytest.mark.parametrize("name", ["llama/llama3-all", "llama/wide-heads", "gpt_neox/rotary-half"])

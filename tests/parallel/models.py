@@ -29,20 +29,21 @@ THIRDS = {"long KeepEnds": (KVSharing.keep_ends(8), 1)}
 FLOAT32 = ExecutionConfig(compute_dtype="float32")
 
 
-def config_of(pattern: str) -> ModelConfig:
+def config_of(pattern: str, tied: bool = False) -> ModelConfig:
     sharing, kv_heads = (PATTERNS | PIPELINED | THIRDS)[pattern]
     return ModelConfig(
         name=pattern, sharing=sharing, d_model=32, ffn_dim=48, query_heads=8, kv_heads=kv_heads,
         head_dim=4, vocab_size=64, sequence_length=128, separate_kv_norm=True, init_std=0.2,
+        tied_embeddings=tied,
     )  # fmt: skip
 
 
 @functools.cache
-def model_of(pattern: str, loss_chunk: int = 0) -> Model:
+def model_of(pattern: str, loss_chunk: int = 0, tied: bool = False) -> Model:
     return Model(
-        config_of(pattern), ExecutionConfig(compute_dtype="float32", loss_chunk=loss_chunk)
+        config_of(pattern, tied), ExecutionConfig(compute_dtype="float32", loss_chunk=loss_chunk)
     )
 
 
-def layout_of(pattern: str, mesh: str) -> Layout | None:
-    return make_layout(MeshConfig.parse(mesh), config_of(pattern))
+def layout_of(pattern: str, mesh: str, tied: bool = False) -> Layout | None:
+    return make_layout(MeshConfig.parse(mesh), config_of(pattern, tied))

@@ -33,11 +33,14 @@ def started(
     gpus: bool = False,
     model: str = "tiny/MQA-CLA2",
     of_each: Sequence[Sequence[str]] = (),
+    numbers: Sequence[int] | None = None,
+    port: int | None = None,
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """The training command with these arguments, in so many processes; killed at the end.
 
     Each has so many CPU devices; or (`gpus`) a GPU of its own, on which products are exact. What
-    `of_each` holds are further arguments of each.
+    `of_each` holds are further arguments of each. Of so many, those of `numbers` are started: all,
+    unless they are given; process 0 listens on `port`.
     """
     found_there = os.environ.get("PYTHONPATH", "")
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), found_there)))
@@ -50,7 +53,7 @@ def started(
             "XLA_FLAGS": "--xla_backend_optimization_level=0 "
             f"--xla_force_host_platform_device_count={devices}",
         }
-    port = free_port()
+    port = free_port() if port is None else port
     found = [
         subprocess.Popen(
             [sys.executable, "-c", MAIN, "train", model, *TRAIN, *arguments,
@@ -60,7 +63,7 @@ def started(
             cwd=cwd, env=environment | ({"CUDA_VISIBLE_DEVICES": str(index)} if gpus else {}),
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for index in range(processes)
+        for index in (range(processes) if numbers is None else numbers)
     ]  # fmt: skip
     try:
         yield found

@@ -1,5 +1,6 @@
 """Several processes of this machine: the losses of one, checkpoints by all, and what goes wrong."""
 
+import errno
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from cla_jax.parallel import ProcessConfig
-from cla_jax.parallel.processes import join
+from cla_jax.parallel.processes import _check_port, join
 from cla_jax.training.metrics import read_metrics
 from tests.experiments.processes import wait_until
 from tests.parallel.models import layout_of
@@ -70,6 +71,25 @@ def test_a_port_that_is_taken():
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(ValueError, match=r"cannot listen on port .* choose another port"):
             join(ProcessConfig(coordinator=address, processes=2, process=0))
+
+
+@pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
+def test_a_machine_without_ipv6_listens_on_ipv4(code, monkeypatch):
+    make, taken, free = socket.socket, socket.socket(), free_port()
+
+    def of(family, *rest):
+        if family == socket.AF_INET6:
+            raise OSError(code, "no IPv6 here")
+        return make(family, *rest)
+
+    with taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        monkeypatch.setattr(socket, "socket", of)
+        _check_port(f"localhost:{free}")
+        with pytest.raises(ValueError, match="give every one a number of its own"):
+            _check_port(address)
 
 
 @pytest.fixture
@@ -154,6 +174,40 @@ def test_one_is_killed_and_the_run_goes_on_with_fewer(folder):
     assert stopped[0] == stopped[1] != ""
     assert "resumed at step" in said[0][2]
     assert (folder / "run/checkpoints" / stopped[0]).exists()
+
+
+@pytest.mark.slow
+def test_process_0_is_killed_and_all_end(folder):
+    """The coordinator goes with it: of the others, some hear of it below Python."""
+    more = ("--training.steps", "400", "--training.checkpoint-every", "5")
+    with started(3, folder, *more, "--mesh", "data=3", "--training.data.batch-size", "9") as found:
+        checkpoints = folder / "run/checkpoints"
+        wait_until(lambda: any(checkpoints.glob("*/commit_success.txt")), found[0])
+        found[0].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        said = ended(found, 60)
+        assert time.monotonic() - began < 60
+    for code, _, error in said[1:]:
+        assert code != 0
+        assert "another process has gone" in error or "another task died" in error, error
+        assert "Traceback" not in error
+    before = len(losses(folder / "run"))
+    with started(1, folder, *more, "--training.data.batch-size", "9", "--resume") as alone:
+        wait_until(lambda: len(losses(folder / "run")) > before, alone[0])
+
+
+@pytest.mark.slow
+def test_a_number_that_is_given_twice(folder):
+    """JAX's runtime ends those that have joined, below Python, and says why."""
+    more, port = ("--training.steps", "400", "--mesh", "data=2"), free_port()
+    with started(2, folder, *more, port=port) as found:
+        wait_until(lambda: (folder / "run/config.json").exists(), found[0])
+        with started(2, folder, *more, port=port, numbers=(1,)):
+            said = ended(found, 60)
+    for code, _, error in said:
+        assert code != 0
+        assert "1 unexpectedly tried to connect with a different incarnation" in error
+        assert "Traceback" not in error
 
 
 @pytest.mark.slow

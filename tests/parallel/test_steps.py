@@ -21,6 +21,7 @@ from tests.parallel.models import MESHES, PATTERNS, layout_of, model_of
 TOLERANCE = 1e-5
 TOKENS = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
 MASK = np.random.default_rng(1).integers(0, 2, (8, 16)).astype(np.float32)
+DOCUMENTS = np.sort(np.random.default_rng(2).integers(0, 3, (8, 17)), axis=1).astype(np.int32)
 OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
 
 # Together they have every axis, few KV heads and shared ones; all others are slow.
@@ -32,10 +33,11 @@ ALL = [
 ]
 
 
-def traced(pattern, mesh, loss_chunk=8):
+def traced(pattern, mesh, loss_chunk=8, *, tied=False, documents=False):
     """The loss and its gradients, in at least two chunks on each device, and their arguments."""
-    model, layout = model_of(pattern, loss_chunk), layout_of(pattern, mesh)
+    model, layout = model_of(pattern, loss_chunk, tied), layout_of(pattern, mesh, tied)
     batch = {"tokens": TOKENS, "weights": MASK / MASK.sum()}
+    batch |= {"documents": DOCUMENTS} if documents else {}
     params = model.init(0)
     if layout is not None:
         params, batch = jax.device_put(params, layout.of(model.axes)), layout.batch(batch)
@@ -43,21 +45,23 @@ def traced(pattern, mesh, loss_chunk=8):
     @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
     def run(params, batch):
         return jax.value_and_grad(
-            lambda p: weighted_loss(model(p), batch["tokens"], batch["weights"])
+            lambda p: weighted_loss(
+                model(p), batch["tokens"], batch["weights"], batch.get("documents")
+            )
         )(params)
 
     with in_force(layout):
         return run.trace(params, batch), (params, batch)
 
 
-def loss_and_gradients(pattern, mesh):
-    program, arguments = traced(pattern, mesh)
+def loss_and_gradients(pattern, mesh, **options):
+    program, arguments = traced(pattern, mesh, **options)
     return jax.tree.map(np.asarray, program.lower().compile()(*arguments))
 
 
 @functools.cache
-def alone(pattern):
-    return loss_and_gradients(pattern, "none")
+def alone(pattern, **options):
+    return loss_and_gradients(pattern, "none", **options)
 
 
 def assert_close(found, expected, tolerance=TOLERANCE):
@@ -71,6 +75,19 @@ def assert_close(found, expected, tolerance=TOLERANCE):
 @pytest.mark.parametrize(("pattern", "mesh"), ALL)
 def test_loss_and_gradients_are_those_of_one_device(pattern, mesh):
     assert_close(loss_and_gradients(pattern, mesh), alone(pattern))
+
+
+@pytest.mark.parametrize("option", ["tied", "documents"])
+@pytest.mark.parametrize(
+    "mesh",
+    ["data=2,fsdp=2,tensor=2",
+     *(pytest.param(m, marks=pytest.mark.slow) for m in ("data=8", "fsdp=8", "tensor=8"))],
+)  # fmt: skip
+def test_so_they_are_with_tied_embeddings_and_document_masks(mesh, option):
+    expected = alone("CLA2", **{option: True})
+    assert_close(loss_and_gradients("CLA2", mesh, **{option: True}), expected)
+    # Neither is what it would be without.
+    assert abs(expected[0] - alone("CLA2")[0]) > 1e-3
 
 
 @pytest.mark.parametrize(
