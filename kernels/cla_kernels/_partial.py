@@ -120,9 +120,10 @@ def partial_attention(
     def kernel(*refs: Any) -> None:
         (q_ref, k_ref, v_ref), refs = refs[:3], refs[3:]
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
-        len_ref, start_ref, part_ref, each_ref, layer_ref = refs[:5]
-        out_ref, sums_ref, statistics_ref = refs[5:8]
-        q_full, q_empty, full, empty, q_s, kv_s, p_s, merging, *spare = refs[8:]
+        # The joins are not read here: the second kernel reads them before it waits for this one.
+        len_ref, start_ref, part_ref, each_ref, _, layer_ref = refs[:6]
+        out_ref, sums_ref, statistics_ref = refs[6:9]
+        q_full, q_empty, full, empty, q_s, kv_s, p_s, merging, *spare = refs[9:]
         scale_s: Any = spare[tiles_spare] if eight_bit else None
         unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
         if tuning.on_device:
@@ -437,4 +438,4 @@ def partial_attention(
         num_threads=workers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, *scales, *plan[:4], jnp.asarray(layer, jnp.int32).reshape(1))
+    )(q, k, v, *scales, *plan, jnp.asarray(layer, jnp.int32).reshape(1))
