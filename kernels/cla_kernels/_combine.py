@@ -206,4 +206,6 @@ def combine(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **several,
     )(sums, statistics, plan.joins, result)
-    return jax.freeze(result).reshape(done.shape)
+    # XLA forgets that it is written in place where a loop stacks the result and nothing is between:
+    # it gives the kernel the stack's memory, and whatever lay there stays.
+    return lax.optimization_barrier(jax.freeze(result)).reshape(done.shape)

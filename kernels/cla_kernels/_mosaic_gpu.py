@@ -9,7 +9,6 @@ these (`_combine`), launched while the first still runs.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from cla_kernels._combine import combine, cut_rows
 from cla_kernels._partial import Cached, partial_attention
@@ -114,8 +113,5 @@ def _attend(
         result_dtype=q.dtype, tuning=cut,
     )  # fmt: skip
     out = combine(*found, plan, together=together, tuning=cut)
-    # It is written in place, which XLA forgets where a loop stacks the result and nothing is
-    # between: it gives the kernel the stack's memory, and whatever lay there stays.
-    out = lax.optimization_barrier(out)
     out = out[:, : T * heads, :H]
     return out.reshape(B, K, T, heads, H).swapaxes(1, 2).reshape(B, T, N, H)
