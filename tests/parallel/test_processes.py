@@ -145,21 +145,26 @@ def test_a_pipeline_whose_stages_are_processes_has_the_losses_of_one(folder):
             assert ended(processes)[0][:2] == (0, said[0][1].splitlines()[-1] + "\n")
 
 
+def end_without(processes, killed):
+    """Kill one: all others end within a minute and say why. What all said."""
+    processes[killed].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    said = ended(processes, 60)
+    assert time.monotonic() - began < 60
+    for code, _, error in said[:killed] + said[killed + 1 :]:
+        assert code != 0
+        assert "another process has gone" in error or "another task died" in error, error
+        assert "Traceback" not in error
+    return said
+
+
 @pytest.mark.slow
 def test_one_is_killed_and_the_run_goes_on_with_fewer(folder):
     more = ("--training.steps", "400", "--training.checkpoint-every", "5")
     with started(4, folder, *more, "--mesh", "fsdp=4") as processes:
         checkpoints = folder / "run/checkpoints"
         wait_until(lambda: any(checkpoints.glob("*/commit_success.txt")), processes[0])
-        processes[2].send_signal(signal.SIGKILL)
-        began = time.monotonic()
-        said = ended(processes, 60)
-        assert time.monotonic() - began < 60
-    for index in (0, 1, 3):
-        code, _, error = said[index]
-        assert code != 0
-        assert "another process has gone" in error or "another task died" in error, error
-        assert "Traceback" not in error
+        said = end_without(processes, 2)
     assert any("goes on from its last checkpoint (--resume)" in error for _, _, error in said)
 
     # A signal to one of two stops both at the same step, with a checkpoint.
@@ -183,14 +188,7 @@ def test_process_0_is_killed_and_all_end(folder):
     with started(3, folder, *more, "--mesh", "data=3", "--training.data.batch-size", "9") as found:
         checkpoints = folder / "run/checkpoints"
         wait_until(lambda: any(checkpoints.glob("*/commit_success.txt")), found[0])
-        found[0].send_signal(signal.SIGKILL)
-        began = time.monotonic()
-        said = ended(found, 60)
-        assert time.monotonic() - began < 60
-    for code, _, error in said[1:]:
-        assert code != 0
-        assert "another process has gone" in error or "another task died" in error, error
-        assert "Traceback" not in error
+        end_without(found, 0)
     before = len(losses(folder / "run"))
     with started(1, folder, *more, "--training.data.batch-size", "9", "--resume") as alone:
         wait_until(lambda: len(losses(folder / "run")) > before, alone[0])
