@@ -94,6 +94,8 @@ def test_system_costs(tmp_path):
         ("design_space", ["--tokens", "100"], 1, ["tokens=100", "1024"]),
         ("design_space", ["--learning-rate", "0"], 1, ["learning_rate=0.0"]),
         ("design_space", ["--text", "none.txt"], 1, ["no such text file", "none.txt"]),
+        ("design_space", ["--seeds"], 1, ["no seeds", "--seeds 0 1"]),
+        ("learning_rates", ["--seeds", "3", "3"], 1, ["names a seed twice"]),
         ("learning_rates", ["--start", "-1"], 1, ["learning_rate=-1.0"]),
         ("system_costs", ["--models", "tiny/H64"], 1, ["'tiny/H64' names no model"]),
         ("system_costs", ["--repeats", "-1"], 1, ["repeats=-1"]),
