@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 from rich.console import RenderableType
-from rich.padding import Padding
 
 from cla_jax.reporting._verdicts import Verdicts
 from cla_jax.reporting.claims import RATE_CLAIM, TUNED_CLAIMS, Sample
@@ -28,7 +27,7 @@ class TunedVerdicts:
             for variant, row in self.rows.items()
             if row.paper is not None and row.paper.perplexity is not None
         }
-        self.verdicts = Verdicts(TUNED_CLAIMS, samples, self.noise)
+        self.verdicts = Verdicts(TUNED_CLAIMS, samples, self.noise, "models and rates")
 
     def lines(self) -> list[str]:
         """A section of a Markdown document."""
@@ -40,7 +39,7 @@ class TunedVerdicts:
 
     def shown(self) -> list[RenderableType]:
         """For the terminal."""
-        return [*self.verdicts.shown(), Padding(self.rates, (1, 0, 0, 0))]
+        return [*self.verdicts.shown(), "", self.rates]
 
     @functools.cached_property
     def rates(self) -> str:
@@ -63,12 +62,15 @@ class TunedVerdicts:
             plausible_rates({rung.rate: rung.losses for rung in row.finished}, self.noise)
             for row in (higher, lower)
         ]
+        verdict = rate_verdict(*plausible)
+        if verdict == "contradicted" and min(plausible[1]) == lower.rungs[0].rate:
+            return f"{says}: no verdict, no lower rate was tried of {names[1]}. {best}."
         told = "; ".join(
             f"{name} {', '.join(map(format_rate, rates))}"
             for name, rates in zip(names, plausible, strict=True)
         )
         return (
-            f"{says}: {rate_verdict(*plausible)}. Best: {best}. Not told from the best by the "
+            f"{says}: {verdict}. Best: {best}. Not told from the best by the "
             f"noise: {told}. Reproduced means that all of the first model's are above all of the "
             "second's; contradicted, that none is above any."
         )

@@ -43,11 +43,13 @@ class Verdicts:
         claims: what was claimed.
         samples: the models that are there.
         noise: between seeds; None where no model has several.
+        repeated: what has several seeds: "models".
     """
 
     claims: Sequence[Claim]
     samples: Mapping[str, Sample]
     noise: Noise | None
+    repeated: str = "models"
 
     @functools.cached_property
     def judged(self) -> tuple[Judged, ...]:
@@ -108,10 +110,9 @@ class Verdicts:
         return [
             "Compared are the means over seeds of the final validation loss, the logarithm of "
             "perplexity. The noise is the standard deviation of a run's loss between seeds, "
-            f"pooled over the {noise.models} {'model' if noise.models == 1 else 'models'} with "
-            f"several: {noise.deviation:.5f} nats ({noise.degrees} "
-            f"{'degree' if noise.degrees == 1 else 'degrees'} of freedom). It is taken to be the "
-            f"same for models with one seed. A difference counts beyond {noise.quantile:.2f} "
+            f"pooled over all {self.repeated} with several (there are {noise.groups}; degrees of "
+            f"freedom: {noise.degrees}): {noise.deviation:.5f} nats. It is taken to be the same "
+            "for models with one seed. A difference counts beyond {noise.quantile:.2f} "
             "standard errors (Student's t, two-sided, 95 %): "
             f"{one:.2f} % of perplexity between models of one seed each, {two:.2f} % of two. One "
             "in twenty pairs that do not differ would count all the same. Seeds are of the "

@@ -32,13 +32,13 @@ class Noise(NamedTuple):
 
     Attributes:
         deviation: standard deviation of a run's final validation loss, pooled, nats.
-        degrees: of freedom: runs beyond the first of each model.
-        models: with several seeds.
+        degrees: of freedom: runs beyond the first of each group.
+        groups: of runs that differ in their seeds alone.
     """
 
     deviation: float
     degrees: int
-    models: int
+    groups: int
 
     @property
     def quantile(self) -> float:
@@ -60,7 +60,7 @@ def noise_of(losses: Iterable[Sequence[float]]) -> Noise | None:
     """The noise that repeated runs show; None if no model has two.
 
     Args:
-        losses: final validation losses, a sequence for each model.
+        losses: final validation losses, a sequence for each model (and learning rate).
     """
     repeated = [tuple(runs) for runs in losses if len(runs) > 1]
     if not repeated:

@@ -41,8 +41,9 @@ COLUMNS: tuple[Column[Tuned], ...] = (
     Column("paper_perplexity", "paper's", lambda t: t.paper and t.paper.perplexity, ".2f"),
     Column("paper_wikitext", "paper's Wikitext", lambda t: t.paper and t.paper.wikitext, ".2f"),
     Column("rates", "rates tried", lambda t: len(t.rungs), "d"),
-    Column("bracketed", "a higher rate is no better", lambda t: t.bracketed),
+    Column("bracketed", "higher rate is no better", lambda t: t.bracketed),
 )
+_SHORT = ("model", "best_rate", "paper_rate", "perplexity", "seeds", "rates", "bracketed")
 _RUN_COLUMNS: tuple[Column[Member], ...] = (
     Column("model", "model", lambda m: m.model),
     Column("learning_rate", "learning rate", lambda m: format_rate(m.learning_rate)),
@@ -128,7 +129,7 @@ def write_learning_rates(sweep: SweepRecord, out: Path) -> Written:
         written.append(write_atomically(out / "claims.csv", verdicts.csv().encode()))
     written += figures.save(learning_rates(rows, same_scale=same_scale), out / "learning_rates")
     written += figures.save(figures.loss_curves(best), out / "loss")
-    table = terminal_table(rows, COLUMNS)
+    table = terminal_table(rows, [column for column in COLUMNS if column.key in _SHORT])
     return Written(tuple(written), Group(table, *verdicts.shown()) if judged else table)
 
 

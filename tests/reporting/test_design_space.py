@@ -71,7 +71,7 @@ def test_the_files(write_sweep, tmp_path):
     text = (tmp_path / "out/results.md").read_text()
     assert "Diverged: MQA-CLA3/seed-0." in text
     # 6.2 and 6.4: losses 0.03175 apart; their deviation is that over the square root of two.
-    assert "over the 1 model with several: 0.02245 nats (1 degree of freedom)" in text
+    assert "several (there are 1; degrees of freedom: 1): 0.02245 nats" in text
     seeds = list(csv.DictReader((tmp_path / "out/runs.csv").read_text().splitlines()))
     assert [(row["model"], row["seed"]) for row in seeds] == [
         ("tiny/MHA", "0"), ("tiny/MQA", "0"), ("tiny/MQA", "1"), ("tiny/MQA-CLA2", "0"),

@@ -31,7 +31,7 @@ def test_noise_is_the_residual_deviation_around_each_models_mean(groups):
     residuals = np.concatenate([group - group.mean() for group in repeated])
     degrees = len(residuals) - len(repeated)
     assert noise is not None
-    assert (noise.degrees, noise.models) == (degrees, len(repeated))
+    assert (noise.degrees, noise.groups) == (degrees, len(repeated))
     assert noise.deviation == pytest.approx(math.sqrt((residuals**2).sum() / degrees), abs=1e-9)
 
 

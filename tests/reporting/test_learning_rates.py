@@ -95,6 +95,7 @@ def test_the_claim_on_rates_counts_every_rate_that_may_be_the_best(
     text = (directory / "results.md").read_text()
     assert f"(section 3.2.2, 3.3): {verdict}. Best: H128-MQA-CLA2" in text
     assert "(the paper 2.25e-3)" in text
+    assert "over all models and rates with several" in text
     assert "no finished run of H64-MQA, so nothing is said on H128-MQA-CLA2 against" in text
 
 
@@ -117,6 +118,10 @@ def test_what_keeps_the_claim_on_rates_open(write_sweep, tmp_path):
     report([going])
     text = (going / "results.md").read_text()
     assert "no verdict, no higher rate was tried of H128-MQA." in text
+    low = climbs(write_sweep, tmp_path / "low", (45, 47), (45, 47))
+    report([low])
+    text = (low / "results.md").read_text()
+    assert "no verdict, no lower rate was tried of H128-MQA." in text
     alone = climbs(write_sweep, tmp_path / "alone", (), (50, 45, 47))
     report([alone])
     assert "left out, no finished run of H128-MQA." in (alone / "results.md").read_text()
