@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,7 +13,7 @@ from cla_jax.registry import match_models
 if TYPE_CHECKING:
     from cla_jax.data import Streams
 
-__all__ = ["ExperimentOptions", "open_data", "run_experiment"]
+__all__ = ["ExperimentOptions", "check_seeds", "open_data", "run_experiment"]
 
 
 def open_data(data: Path | None, text: str | None, scale: str, cache: Path) -> "Streams":
@@ -42,6 +42,21 @@ def open_data(data: Path | None, text: str | None, scale: str, cache: Path) -> "
     from cla_jax.data import ByteTokenizer, corpus_at, prepare_corpus, prepare_streams
 
     return prepare_streams(prepare_corpus(corpus_at(text), cache), ByteTokenizer(), cache)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Whether they can be those of runs to compare.
+
+    Raises:
+        ValueError: there is none, or one twice: a run again is no second sample.
+    """
+    if not seeds:
+        raise ValueError("no seeds: give --seeds 0, or --seeds 0 1 for a measure of noise")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"--seeds {' '.join(map(str, seeds))} names a seed twice; expected different ones, "
+            f"such as --seeds {' '.join(map(str, dict.fromkeys(seeds)))}"
+        )
 
 
 def run_experiment(name: str, main: Callable[[], int]) -> NoReturn:

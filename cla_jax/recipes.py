@@ -194,6 +194,15 @@ MLKV_SCALES: dict[str, Scale] = {
         first_rate=3e-3, validation_tokens=20_000, validations=3, log_every=1,
         execution=ExecutionConfig(compute_dtype="float32"), optimizer=_UPTRAINING,
     ),
+    # 5 % of the source's tokens, in its batches: 153 steps.
+    "mini": dataclasses.replace(
+        _MLKV, tokens=5_000_000, batch_size=16, validation_tokens=1_000_000, validations=5,
+        log_every=1,
+    ),
+    # The source takes all the text: `first_fit` would cut off four fifths of a corpus of books.
+    "mini-source": dataclasses.replace(
+        SCALES["mini"], optimizer=OptimizerConfig(weight_decay=0.01)
+    ),
     "160m": _MLKV,
     "410m": _MLKV,
 }  # fmt: skip

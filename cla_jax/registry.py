@@ -2,7 +2,8 @@
 
 `model("1B/H128-MQA-CLA2")` is a row of CLA Table 1, `model("pythia-160m/MLKV-6")` one of MLKV
 Table 2. A name is `scale/variant`. Beside the papers' own scales there are two for small machines:
-`mini`, the 1B family at a quarter of its width, and `tiny`, six layers over bytes.
+`mini`, the 1B family at a quarter of its width, and `tiny`, six layers over bytes; `pythia-mini`
+and `pythia-tiny` are Pythia-160M with its layers and heads at less width.
 """
 
 import dataclasses
@@ -90,6 +91,7 @@ def model_names() -> tuple[str, ...]:
         *(f"pythia-160m/{v}" for v in _PYTHIA_160M),
         *(f"pythia-410m/{v}" for v in _PYTHIA_410M),
         *(f"mini/{v}" for v in _DESIGN_SPACE),
+        *(f"pythia-mini/{v}" for v in _PYTHIA_160M),
         *(f"tiny/{v}" for v in _TINY),
         *(f"pythia-tiny/{v}" for v in _PYTHIA_160M),
     )
@@ -124,6 +126,9 @@ def model(name: str) -> ModelConfig:
     if scale == "pythia-160m":
         kv_layers, kv_heads, width = _PYTHIA_160M[variant]
         return _gpt_neox(name, 768, 12, 12, kv_layers, kv_heads, width)
+    if scale == "pythia-mini":
+        kv_layers, kv_heads, _ = _PYTHIA_160M[variant]
+        return _same_size(_gpt_neox(name, 512, 12, 12, kv_layers, kv_heads, 2048))
     if scale == "pythia-tiny":
         kv_layers, kv_heads, _ = _PYTHIA_160M[variant]
         return _same_size(_gpt_neox(name, 96, 12, 12, kv_layers, kv_heads, 384, _BYTE_VOCAB))
@@ -193,7 +198,7 @@ def _gpt_neox(
     ffn_dim: int,
     vocab_size: int = _PYTHIA_VOCAB,
 ) -> ModelConfig:
-    head_dim = d_model // heads
+    head_dim = d_model // heads // 8 * 8  # a multiple of what fused attention takes
     return ModelConfig(
         name=name,
         sharing=KVSharing.mlkv(num_layers, kv_layers),

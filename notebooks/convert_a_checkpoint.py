@@ -140,7 +140,7 @@ rows = [
 display(uptraining(rows, source))
 
 # %%
-kept = [column for column in COLUMNS if not column.key.startswith(("paper", "training"))]
+kept = [column for column in COLUMNS if not column.key.startswith(("paper", "rank", "training"))]
 display(Markdown(markdown(rows, kept)))
 
 # %% [markdown]

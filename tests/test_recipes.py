@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cla_jax.experiment import ExperimentOptions, open_data
+from cla_jax.experiment import ExperimentOptions, check_seeds, open_data
 from cla_jax.recipes import MLKV_SCALES, SCALES, climb, mlkv, next_rate, recipe
 
 
@@ -66,6 +66,17 @@ def test_mlkv_is_the_same_at_both_papers_scales_and_packs_nothing_at_tiny():
     assert mlkv().checkpoint_every < 2500
 
 
+def test_mini_uptrains_on_five_per_cent_of_its_sources_tokens():
+    mini, source = MLKV_SCALES["mini"], MLKV_SCALES["mini-source"]
+    assert mini.tokens / source.tokens == 0.05
+    assert (mini.batch_size, mini.sequence_length) == (source.batch_size, source.sequence_length)
+    assert (mini.optimizer, mini.packing) == (MLKV_SCALES["160m"].optimizer, "first_fit")
+    assert mini.learning_rate == MLKV_SCALES["160m"].learning_rate
+    assert (source.packing, source.optimizer.weight_decay) == ("concat", 0.01)
+    # Both are validated on the same text.
+    assert mini.validation_tokens == source.validation_tokens
+
+
 def test_the_ladder_is_the_papers():
     ladder = [3e-4]
     while len(ladder) < 8:
@@ -94,6 +105,14 @@ def test_open_data_refuses(tmp_path):
             open_data(None, text, "mini", tmp_path)
     with pytest.raises(ValueError, match="not a prepared directory"):
         open_data(tmp_path, None, "mini", tmp_path)
+
+
+def test_seeds_are_some_and_different():
+    check_seeds((0, 1))
+    with pytest.raises(ValueError, match="no seeds"):
+        check_seeds(())
+    with pytest.raises(ValueError, match=r"--seeds 0 1 0 names a seed twice.*--seeds 0 1$"):
+        check_seeds((0, 1, 0))
 
 
 def test_names_and_directory():

@@ -140,9 +140,12 @@ def test_pythia_is_gpt_neox(name):
     assert not config.separate_kv_norm
     assert config.parallel_residual
     assert config.use_bias
-    assert config.query_heads * config.head_dim == config.d_model
     assert config.rotary == config.head_dim // 4  # rotary_pct 0.25
-    if not name.startswith("pythia-tiny/"):
+    if name.startswith("pythia-mini/"):  # 512 does not divide by twelve heads
+        assert (config.vocab_size, config.head_dim, config.query_heads) == (50304, 40, 12)
+    else:
+        assert config.query_heads * config.head_dim == config.d_model
+    if name.startswith(("pythia-160m/", "pythia-410m/")):
         assert (config.vocab_size, config.head_dim) == (50304, 64)
 
 
@@ -173,11 +176,14 @@ def test_tiny_has_four_models_of_six_layers_over_bytes():
     assert model("tiny/MQA-CLA2").kv_bytes_per_token * 2 == model("tiny/MQA").kv_bytes_per_token
 
 
-def test_tiny_pythia_keeps_layers_and_heads():
-    for name, *_, kv_layers, kv_heads, _, _, _ in MLKV_TABLE_2:
-        config = model(f"pythia-tiny/{name}")
-        assert (config.num_layers, config.query_heads, config.d_model) == (12, 12, 96)
+@pytest.mark.parametrize(("scale", "d_model"), [("pythia-mini", 512), ("pythia-tiny", 96)])
+def test_small_pythias_keep_layers_and_heads(scale, d_model):
+    source = model(f"{scale}/MHA").parameters
+    for name, _, _, kv_layers, kv_heads, *_ in MLKV_TABLE_2:
+        config = model(f"{scale}/{name}")
+        assert (config.num_layers, config.query_heads, config.d_model) == (12, 12, d_model)
         assert (config.kv_layers, config.kv_heads) == (kv_layers, kv_heads)
+        assert config.parameters == pytest.approx(source, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", model_names())

@@ -117,13 +117,15 @@ class Report:
     """Draw the tables and figures of experiments or runs again; nothing is trained.
 
     Examples: `cla-jax report runs/cla-design-space-tiny`, or, to set runs side by side with the
-    first as the baseline, `cla-jax report runs/mine runs/other --out comparison`.
+    first as the baseline, `cla-jax report runs/mine runs/other --out comparison`. Parts of one
+    experiment, trained apart: `cla-jax report parts/one parts/two --out whole`.
     """
 
     directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Directories of experiments, or of finished runs."""
     out: Path | None = None
-    """Where to write. Default: the experiment's directory; for runs, runs/report."""
+    """Where to write; experiments of one kind are then parts of one. Default: the experiment's
+    directory; for runs, runs/report."""
 
     def run(self) -> None:
         """Write and show them."""

@@ -69,7 +69,7 @@ def accuracy_memory(models: Sequence[AccuracyPoint]) -> Figure:
     if not models:
         raise ValueError("no models to draw: expected at least one")
     families = {model.name.partition("/")[0] for model in models}
-    if "pythia-tiny" in families:
+    if families & {"pythia-mini", "pythia-tiny"}:
         families.add("pythia-160m")
     scales = [scale for scale in ("pythia-160m", "pythia-410m") if scale in families]
     paper = [point for scale in scales for point in papers_points(scale)]

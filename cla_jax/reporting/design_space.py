@@ -8,12 +8,17 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from rich.console import Group
 
 from cla_jax.registry import model
 from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
 from cla_jax.reporting._pareto import Point, draw_pareto
+from cla_jax.reporting._ranks import ranks, spearman
 from cla_jax.reporting._style import HEIGHT, STYLE, canvas
+from cla_jax.reporting._verdicts import Verdicts
+from cla_jax.reporting.claims import CLAIMS, Sample
+from cla_jax.reporting.judging import noise_of
 from cla_jax.reporting.papers import CLA_TABLE_1, PaperResult, variant_in_paper
 from cla_jax.reporting.runs import Run
 from cla_jax.reporting.sweeps import SweepRecord
@@ -93,6 +98,15 @@ COLUMNS: tuple[Column[DesignPoint], ...] = (
     Column("paper_rank", "paper's", lambda p: p.paper_rank, "d"),
     Column("tokens_per_second", "tokens/s", lambda p: p.tokens_per_second, ".0f"),
 )
+_RUN_COLUMNS: tuple[Column[Run], ...] = (
+    Column("model", "model", lambda r: r.name),
+    Column("seed", "seed", lambda r: r.seed, "d"),
+    Column("steps", "steps", lambda r: r.steps, "d"),
+    Column("tokens", "tokens", lambda r: r.tokens, "d"),
+    Column("validation_loss", "validation loss", lambda r: r.validation_loss, ".6f"),
+    Column("perplexity", "validation perplexity", lambda r: r.validation_perplexity, ".4f"),
+    Column("seconds", "seconds", lambda r: r.seconds, ".1f"),
+)
 _SHORT = ("model", "kv_bytes", "perplexity", "spread", "paper_perplexity",
           "rank", "paper_rank")  # fmt: skip
 _IN_SHORT = tuple(column for column in COLUMNS if column.key in _SHORT)
@@ -115,12 +129,13 @@ def design_points(runs: Sequence[Run]) -> tuple[DesignPoint, ...]:
             raise ValueError(f"{group[0].name} is not in CLA Table 1 ({', '.join(CLA_TABLE_1)})")
     ours = {variant: _mean(group) for variant, group in by_model.items()}
     papers = {variant: _perplexity(CLA_TABLE_1[variant]) for variant in by_model}
+    rank, paper_rank = ranks(ours), ranks(papers)
     return tuple(
         DesignPoint(
             runs=group,
             paper=CLA_TABLE_1[variant],
-            rank=_rank(variant, ours),
-            paper_rank=_rank(variant, papers),
+            rank=rank[variant],
+            paper_rank=paper_rank[variant],
             ratio=ours[variant] / ours[_REFERENCE] if _REFERENCE in ours else None,
             paper_ratio=papers[variant] / papers[_REFERENCE] if _REFERENCE in papers else None,
         )
@@ -182,23 +197,39 @@ def paper_design_space(*, title: str | None = None) -> Figure:
 
 
 def write_design_space(sweep: SweepRecord, out: Path) -> Written:
-    """Writes results.csv, results.md, design_space.png and .svg and loss.png and .svg.
+    """Writes results.csv, runs.csv, claims.csv, results.md, design_space and loss figures.
 
     Raises:
         ValueError: no finished runs.
     """
     points = design_points(sweep.runs)
-    first_seed = [point.run for point in points]
+    first_seed, verdicts = [point.run for point in points], paper_verdicts(points)
     written = [
         write_atomically(out / "results.csv", csv_text(points, COLUMNS).encode()),
-        write_atomically(out / "results.md", _document(sweep, points).encode()),
+        write_atomically(out / "runs.csv", csv_text(sweep.runs, _RUN_COLUMNS).encode()),
+        write_atomically(out / "claims.csv", verdicts.csv().encode()),
+        write_atomically(out / "results.md", _document(sweep, points, verdicts).encode()),
     ]
     written += figures.save(design_space(points), out / "design_space")
     written += figures.save(figures.loss_curves(first_seed), out / "loss")
-    return Written(tuple(written), terminal_table(points, _IN_SHORT))
+    shown = Group(terminal_table(points, _IN_SHORT), *verdicts.shown())
+    return Written(tuple(written), shown)
 
 
-def _document(sweep: SweepRecord, points: Sequence[DesignPoint]) -> str:
+def paper_verdicts(points: Sequence[DesignPoint]) -> Verdicts:
+    """What the points say of the paper's claims."""
+    samples = {
+        variant_in_paper(p.run.name): Sample(
+            tuple(run.validation_loss for run in p.runs),
+            p.run.kv_bytes_per_token,
+            _perplexity(p.paper),
+        )
+        for p in points
+    }
+    return Verdicts(CLAIMS, samples, noise_of(sample.losses for sample in samples.values()))
+
+
+def _document(sweep: SweepRecord, points: Sequence[DesignPoint], verdicts: Verdicts) -> str:
     run = points[0].run
     lines = [
         f"# CLA Table 1 at scale {sweep.scale}",
@@ -212,15 +243,7 @@ def _document(sweep: SweepRecord, points: Sequence[DesignPoint]) -> str:
     ]
     if len(points) > 4:
         lines += [f"Rank correlation with the paper (Spearman): {_spearman(points):.2f}.", ""]
-    if any(point.spread for point in points):
-        widest = max((p.spread[1] - p.spread[0], p.run.name) for p in points if p.spread)
-        lines += [
-            f"Differences below the widest spread over seeds, {widest[0]:.3f} ({widest[1]}), are "
-            "noise.",
-            "",
-        ]
-    else:
-        lines += ["One seed: there is no measure of noise; `--seeds 0 1` gives one.", ""]
+    lines += verdicts.lines("The paper's claims")
     lines += unfinished(sweep)
     lines += ["![perplexity against the KV cache](design_space.png)", "", "![loss](loss.png)"]
     return "\n".join(lines) + "\n"
@@ -260,12 +283,5 @@ def _perplexity(paper: PaperResult) -> float:
     return paper.perplexity
 
 
-def _rank(variant: str, perplexities: dict[str, float]) -> int:
-    return 1 + sum(other < perplexities[variant] for other in perplexities.values())
-
-
 def _spearman(points: Sequence[DesignPoint]) -> float:
-    """Correlation of the ranks; the paper's perplexities are all different."""
-    n = len(points)
-    squares = sum((point.rank - point.paper_rank) ** 2 for point in points)
-    return 1 - 6 * squares / (n * (n * n - 1))
+    return spearman([(point.rank, point.paper_rank) for point in points])

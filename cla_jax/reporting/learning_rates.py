@@ -1,7 +1,5 @@
 """CLA Tables 3, 5, 7 and Figures 4, 5, from a sweep of `experiments/cla/learning_rates.py`."""
 
-import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from rich.console import Group
 
 from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
@@ -24,96 +23,35 @@ from cla_jax.reporting._style import (
     short_names,
     text_width,
 )
+from cla_jax.reporting._tuned_verdicts import TunedVerdicts
 from cla_jax.reporting.design_space import settings, unfinished
-from cla_jax.reporting.papers import (
-    CLA_TABLE_3,
-    CLA_TABLE_5,
-    CLA_TABLE_7,
-    PaperResult,
-    variant_in_paper,
-)
-from cla_jax.reporting.runs import Run
 from cla_jax.reporting.sweeps import Member, SweepRecord
 from cla_jax.reporting.tables import Column, Written, csv_text, markdown, terminal_table
+from cla_jax.reporting.tuning import Tuned, format_rate, tuned
 
-__all__ = ["COLUMNS", "Tuned", "format_rate", "learning_rates", "tuned", "write_learning_rates"]
-
-_TABLES = {3: CLA_TABLE_3, 5: CLA_TABLE_5, 7: CLA_TABLE_7}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuned:
-    """A model at the learning rates that were tried.
-
-    Attributes:
-        members: by learning rate, finished or diverged; at least one is finished.
-        paper: the paper's result, if it has this model.
-    """
-
-    members: tuple[Member, ...]
-    paper: PaperResult | None
-
-    @property
-    def finished(self) -> list[tuple[float, Run]]:
-        """Learning rates with their runs."""
-        return [(m.learning_rate, m.run) for m in self.members if m.run is not None]
-
-    @property
-    def best(self) -> tuple[float, Run]:
-        """The learning rate of the least validation perplexity, and its run."""
-        return min(self.finished, key=lambda pair: pair[1].validation_perplexity)
-
-    @property
-    def bracketed(self) -> str:
-        """Whether a higher rate was tried and was no better: the paper's rule for stopping."""
-        return "yes" if self.members[-1].learning_rate > self.best[0] else "not yet"
-
+__all__ = ["COLUMNS", "learning_rates", "write_learning_rates"]
 
 COLUMNS: tuple[Column[Tuned], ...] = (
-    Column("model", "model", lambda t: t.best[1].name),
-    Column("kv_bytes", "KV bytes/token", lambda t: t.best[1].kv_bytes_per_token, "d"),
-    Column("best_rate", "best learning rate", lambda t: format_rate(t.best[0])),
+    Column("model", "model", lambda t: t.run.name),
+    Column("kv_bytes", "KV bytes/token", lambda t: t.run.kv_bytes_per_token, "d"),
+    Column("best_rate", "best learning rate", lambda t: format_rate(t.best.rate)),
     Column("paper_rate", "paper's", lambda t: t.paper and format_rate(t.paper.learning_rate)),
-    Column("perplexity", "validation perplexity", lambda t: t.best[1].validation_perplexity, ".3f"),
+    Column("perplexity", "validation perplexity", lambda t: t.best.perplexity, ".3f"),
+    Column("seeds", "seeds", lambda t: len(t.best.runs), "d"),
     Column("paper_perplexity", "paper's", lambda t: t.paper and t.paper.perplexity, ".2f"),
     Column("paper_wikitext", "paper's Wikitext", lambda t: t.paper and t.paper.wikitext, ".2f"),
-    Column("rates", "rates tried", lambda t: len(t.members), "d"),
-    Column("bracketed", "a higher rate is no better", lambda t: t.bracketed),
+    Column("rates", "rates tried", lambda t: len(t.rungs), "d"),
+    Column("bracketed", "higher rate is no better", lambda t: t.bracketed),
 )
+_SHORT = ("model", "best_rate", "paper_rate", "perplexity", "seeds", "rates", "bracketed")
 _RUN_COLUMNS: tuple[Column[Member], ...] = (
     Column("model", "model", lambda m: m.model),
     Column("learning_rate", "learning rate", lambda m: format_rate(m.learning_rate)),
+    Column("seed", "seed", lambda m: m.seed, "d"),
     Column("perplexity", "validation perplexity",
            lambda m: m.run and m.run.validation_perplexity, ".3f"),
     Column("state", "", lambda m: "diverged" if m.run is None else ""),
 )  # fmt: skip
-
-
-def format_rate(rate: float) -> str:
-    """As the paper prints them, in ASCII: `4.5e-4`."""
-    exponent = math.floor(math.log10(rate) + 1e-9)
-    return f"{round(rate / 10**exponent, 2):g}e{exponent}"
-
-
-def tuned(members: Sequence[Member], table: int | None) -> tuple[Tuned, ...]:
-    """Members by model, beside a table of the paper; models without a finished run are left out.
-
-    Args:
-        members: in the order of models, then of learning rates.
-        table: 3, 5 or 7.
-
-    Raises:
-        ValueError: no finished run.
-    """
-    papers = {} if table is None else _TABLES[table]
-    rows = list[Tuned]()
-    for name, group in itertools.groupby(members, key=lambda member: member.model):
-        done = tuple(member for member in group if member.run is not None or member.diverged)
-        if any(member.run is not None for member in done):
-            rows.append(Tuned(done, papers.get(variant_in_paper(name))))
-    if not rows:
-        raise ValueError("no finished runs to compare: expected at least one")
-    return tuple(rows)
 
 
 def learning_rates(
@@ -126,15 +64,17 @@ def learning_rates(
         same_scale: ours are the paper's models and tokens: mark its best, too.
         title: what is seen; by default the best rates.
     """
-    names = short_names(row.best[1].name for row in rows)
-    styles = list(line_styles([row.best[1].shares_layers for row in rows]))
+    names = short_names(row.run.name for row in rows)
+    styles = list(line_styles([row.run.shares_layers for row in rows]))
     labels = [
-        f"{name}  {row.best[1].validation_perplexity:.2f} at {format_rate(row.best[0])}"
+        f"{name}  {row.best.perplexity:.2f} at {format_rate(row.best.rate)}"
         for name, row in zip(names, rows, strict=True)
     ]
     subtitle = "filled: best of each model; cross: diverged"
-    if not any(member.diverged for row in rows for member in row.members):
+    if not any(rung.diverged for row in rows for rung in row.rungs):
         subtitle = "filled: best of each model"
+    if any(len(rung.runs) > 1 for row in rows for rung in row.finished):
+        subtitle += "; bars: the range over seeds"
     if same_scale:
         subtitle += "; star: the paper's best"
     with matplotlib.rc_context(STYLE):
@@ -146,13 +86,13 @@ def learning_rates(
         _set_axes(axes, rows, same_scale)
         for row, (color, dash) in zip(rows, styles, strict=True):
             _draw(axes, row, color, dash, same_scale)
-        ends = [(rate, run.validation_perplexity) for rate, run in (r.finished[-1] for r in rows)]
+        ends = [(row.finished[-1].rate, row.finished[-1].perplexity) for row in rows]
         label_ends(axes, ends, labels, [color for color, _ in styles])
     return made.figure
 
 
 def write_learning_rates(sweep: SweepRecord, out: Path) -> Written:
-    """Writes results.csv and .md (best of each model), runs.csv, and figures.
+    """Writes results.csv and .md (best of each model), runs.csv, claims.csv, and figures.
 
     Raises:
         ValueError: no finished runs.
@@ -160,8 +100,9 @@ def write_learning_rates(sweep: SweepRecord, out: Path) -> Written:
     options = sweep.options["experiment"]
     rows = tuned(sweep.members, options.get("table"))
     # The paper's perplexities are marked only where its budget was ours.
-    same_scale = sweep.scale in ("1B", "3B") and rows[0].best[1].tokens >= 25e9
-    best = [row.best[1] for row in rows]
+    same_scale = sweep.scale in ("1B", "3B") and rows[0].run.tokens >= 25e9
+    best, verdicts = [row.run for row in rows], TunedVerdicts(rows)
+    judged = options.get("table") != 7  # whose rates are given, not found
     document = [
         f"# Learning rates at scale {sweep.scale}, beside CLA Table {options.get('table')}",
         "",
@@ -172,6 +113,7 @@ def write_learning_rates(sweep: SweepRecord, out: Path) -> Written:
         "## Every run",
         "",
         markdown([member for row in rows for member in row.members], _RUN_COLUMNS),
+        *(verdicts.lines() if judged else []),
         *unfinished(sweep),
         "![perplexity against learning rate](learning_rates.png)",
         "",
@@ -183,14 +125,17 @@ def write_learning_rates(sweep: SweepRecord, out: Path) -> Written:
         write_atomically(out / "runs.csv", csv_text(members, _RUN_COLUMNS).encode()),
         write_atomically(out / "results.md", ("\n".join(document) + "\n").encode()),
     ]
+    if judged:
+        written.append(write_atomically(out / "claims.csv", verdicts.csv().encode()))
     written += figures.save(learning_rates(rows, same_scale=same_scale), out / "learning_rates")
     written += figures.save(figures.loss_curves(best), out / "loss")
-    return Written(tuple(written), terminal_table(rows, COLUMNS))
+    table = terminal_table(rows, [column for column in COLUMNS if column.key in _SHORT])
+    return Written(tuple(written), Group(table, *verdicts.shown()) if judged else table)
 
 
 def _set_axes(axes: Axes, rows: Sequence[Tuned], same_scale: bool) -> None:
-    rates = {member.learning_rate for row in rows for member in row.members}
-    perplexities = [run.validation_perplexity for row in rows for _, run in row.finished]
+    rates = {rung.rate for row in rows for rung in row.rungs}
+    perplexities = [rung.perplexity for row in rows for rung in row.finished]
     if same_scale:
         for row in rows:
             if row.paper is not None and row.paper.perplexity is not None:
@@ -217,15 +162,18 @@ def _set_axes(axes: Axes, rows: Sequence[Tuned], same_scale: bool) -> None:
 
 
 def _draw(axes: Axes, row: Tuned, color: str, dash: str, same_scale: bool) -> None:
-    rates, perplexities = np.array([(r, run.validation_perplexity) for r, run in row.finished]).T
-    best, shared = row.best[0], row.best[1].shares_layers
-    axes.plot(rates, perplexities, color=color, linestyle=dash, linewidth=1.1)
-    for rate, perplexity in zip(rates, perplexities, strict=True):
+    best, shared = row.best.rate, row.run.shares_layers
+    rungs = [(rung.rate, rung.perplexity) for rung in row.finished]
+    axes.plot(*np.array(rungs).T, color=color, linestyle=dash, linewidth=1.1)
+    for rung in row.finished:
+        seeds = [run.validation_perplexity for run in rung.runs]
+        axes.plot([rung.rate] * 2, [min(seeds), max(seeds)], color=color, linewidth=0.8, zorder=3)
         axes.plot(
-            [rate], [perplexity], marker(shared), color=color, markersize=5 if rate == best else 4,
-            markerfacecolor=color if rate == best else "white", zorder=4,
+            [rung.rate], [rung.perplexity], marker(shared), color=color,
+            markersize=5 if rung.rate == best else 4,
+            markerfacecolor=color if rung.rate == best else "white", zorder=4,
         )  # fmt: skip
-    diverged = [m.learning_rate for m in row.members if m.run is None]
+    diverged = [rung.rate for rung in row.rungs if rung.diverged]
     axes.plot(
         diverged, [0.97] * len(diverged), "x", color=color, markersize=5, zorder=4,
         transform=axes.get_xaxis_transform(),

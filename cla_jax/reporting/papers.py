@@ -167,7 +167,7 @@ DOWNSTREAM: tuple[DownstreamTable, ...] = (
         "H64-MQA-CLA2": (12.99, 47.32, 74.54, 57.46, 87.9, 25.2, 61.62, 65.53),
         "H32-MQA": (13.34, 46.05, 73.83, 60.06, 88.6, 25.6, 61.87, 65.24),
     }),
-    DownstreamTable("MLKV Table 3", ("pythia-160m", "pythia-tiny"), _MLKV_TASKS, {
+    DownstreamTable("MLKV Table 3", ("pythia-160m", "pythia-mini", "pythia-tiny"), _MLKV_TASKS, {
         "MHA": (43.94, 33.63, 61.37, 72.2),
         "GQA-48": (41.92, 29.38, 60.77, 68.6),
         "MLKV-48": (42.13, 26.18, 59.96, 68.9),

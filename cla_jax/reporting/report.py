@@ -18,7 +18,7 @@ from cla_jax.reporting.downstream import Evaluation, load_evaluation, write_eval
 from cla_jax.reporting.inference_costs import write_inference_costs
 from cla_jax.reporting.learning_rates import write_learning_rates
 from cla_jax.reporting.runs import Run, load_run
-from cla_jax.reporting.sweeps import SweepRecord, load_sweep
+from cla_jax.reporting.sweeps import SweepRecord, load_sweep, side_by_side
 from cla_jax.reporting.system_costs import write_system_costs
 from cla_jax.reporting.tables import (
     COLUMNS,
@@ -44,26 +44,29 @@ def report(
 ) -> list[Written]:
     """Writes the tables and figures of sweeps, of measured costs, of evaluations or of runs.
 
-    Runs are set beside each other in one table, the first as the baseline; so are evaluations.
+    Runs are set beside each other in one table, the first as the baseline; so are evaluations. With
+    `out`, sweeps of one experiment are parts of one sweep, set side by side as one.
 
     Args:
         directories: sweeps' (`sweep.json`), measured costs' (`costs.json`, `inference.json`),
             evaluations' (`evaluation.json`) or finished runs' (`result.json`).
         out: where to write. Default: a sweep's own directory, or a single evaluation's; for runs
-            `runs/report`, for evaluations its folder `evaluations`. Of several sweeps each gets a
-            directory of its name there.
+            `runs/report`, for evaluations its folder `evaluations`. Of several experiments each
+            gets a directory there, named as its first.
 
     Returns:
-        What was written, directory by directory; then the evaluations' tables, last the runs'
-        comparison.
+        What was written: of sweeps, of measured costs, then the evaluations' tables, last the
+        runs' comparison.
 
     Raises:
-        ValueError: a directory that holds none of these, or an experiment that is not known; all
-            are read before anything is written.
+        ValueError: a directory that holds none of these, an experiment that is not known, or
+            sweeps of one experiment that are not parts of one; all are read before anything is
+            written.
     """
     if not directories:
         raise ValueError("no directories to report on: give a sweep's, or those of finished runs")
     jobs = list[tuple[Callable[[Path], Written], Path]]()
+    sweeps = dict[str, list[SweepRecord]]()
     runs, evaluations = list[Run](), list[Evaluation]()
     for directory in map(Path, directories):
         if (directory / "sweep.json").exists():
@@ -73,8 +76,7 @@ def report(
                     f"{directory}: experiment {sweep.experiment!r} is unknown; known are "
                     f"{', '.join(_SWEEPS)}"
                 )
-            write = _SWEEPS[sweep.experiment]
-            jobs.append((lambda to, write=write, sweep=sweep: write(sweep, to), directory))
+            sweeps.setdefault(str(directory) if out is None else sweep.experiment, []).append(sweep)
         elif (directory / "costs.json").exists():
             jobs.append((lambda to, at=directory: write_system_costs(at, to), directory))
         elif (directory / "inference.json").exists():
@@ -85,6 +87,7 @@ def report(
             runs.append(load_run(directory))
         else:
             raise ValueError(_nothing(directory))
+    jobs = [_sweep_job(side_by_side(parts)) for parts in sweeps.values()] + jobs
     places = [place if out is None else Path(out) / place.name for _, place in jobs]
     if out is not None and len(jobs) == 1 and not runs and not evaluations:
         places = [Path(out)]
@@ -101,6 +104,12 @@ def report(
     if runs:
         written.append(write_comparison(runs, Path("runs/report" if out is None else out)))
     return written
+
+
+def _sweep_job(sweep: SweepRecord) -> tuple[Callable[[Path], Written], Path]:
+    """What writes its report, and where by default."""
+    write = _SWEEPS[sweep.experiment]
+    return lambda to: write(sweep, to), sweep.directories[0]
 
 
 def show(reports: Sequence[Written]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -35,11 +36,11 @@ class Written(NamedTuple):
 
     Attributes:
         files: tables and figures.
-        table: the table's main columns, for the terminal.
+        table: the table's main columns, and what else is shown on the terminal.
     """
 
     files: tuple[Path, ...]
-    table: Table
+    table: RenderableType
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from cla_jax.reporting import figures
 from cla_jax.reporting._files import write_atomically
+from cla_jax.reporting._ranks import ranks, spearman
 from cla_jax.reporting._style import HEIGHT, INK, LABEL, MUTED, STYLE, canvas, color, marker
 from cla_jax.reporting.design_space import settings, unfinished
 from cla_jax.reporting.papers import MLKV_160M, MLKV_410M, MLKVResult
@@ -56,11 +57,15 @@ class Uptrained:
         variant: by the paper's name.
         runs: by how KV heads were merged; at least one.
         paper: of the same name; None where the paper has none.
+        rank: by loss after uptraining from means, among the variants with a loss in the paper.
+        paper_rank: of the paper's loss among the same.
     """
 
     variant: str
     runs: Mapping[str, Run]
     paper: MLKVResult | None
+    rank: int | None = None
+    paper_rank: int | None = None
 
     @property
     def run(self) -> Run:
@@ -112,11 +117,13 @@ COLUMNS: tuple[Column[Uptrained], ...] = (
     _column("training", "training loss", Uptrained.training, "mean"),
     _column("training", "training loss", Uptrained.training, "first"),
     Column("paper_loss", "paper's loss", lambda u: u.paper and u.paper.loss, ".4f"),
+    Column("rank", "rank", lambda u: u.rank, "d"),
+    Column("paper_rank", "paper's", lambda u: u.paper_rank, "d"),
     Column("paper_accuracy", "paper's accuracy, %", lambda u: u.paper and u.paper.accuracy, ".2f"),
 )
 _VARIANT = Column[Uptrained]("variant", "variant", lambda u: u.variant)
 _SHORT = ("total_kv_heads", "converted_mean", "uptrained_mean", "converted_first",
-          "uptrained_first", "paper_loss")  # fmt: skip
+          "uptrained_first", "paper_loss", "rank", "paper_rank")  # fmt: skip
 
 
 def uptrained(sweep: SweepRecord) -> tuple[Uptrained, ...]:
@@ -140,8 +147,21 @@ def uptrained(sweep: SweepRecord) -> tuple[Uptrained, ...]:
         runs = {merge: runs[merge] for merge in MERGES if merge in runs}
         rows.append(Uptrained(variant, runs, papers.get(variant)))
     if not rows:
-        raise ValueError(f"no finished runs in {sweep.directory}: expected at least one")
-    return tuple(rows)
+        raise ValueError(f"no finished runs in {sweep.directories[0]}: expected at least one")
+    return _ranked(rows)
+
+
+def _ranked(rows: Sequence[Uptrained]) -> tuple[Uptrained, ...]:
+    ours, papers = dict[str, float](), dict[str, float]()
+    for row in rows:
+        loss, paper = row.after("mean"), row.paper and row.paper.loss
+        if loss is not None and paper is not None:
+            ours[row.variant], papers[row.variant] = loss, paper
+    rank, paper_rank = ranks(ours), ranks(papers)
+    return tuple(
+        dataclasses.replace(row, rank=rank.get(row.variant), paper_rank=paper_rank.get(row.variant))
+        for row in rows
+    )
 
 
 def uptraining(rows: Sequence[Uptrained], source: Source) -> Figure:
@@ -191,9 +211,9 @@ def write_uptraining(sweep: SweepRecord, out: Path) -> Written:
     """Writes results.csv, results.md, uptraining.png and .svg and loss.png and .svg.
 
     Raises:
-        ValueError: no finished runs, or no record of the source.
+        ValueError: no finished runs, no record of the source, or parts with different sources.
     """
-    source, rows = load_source(sweep.directory), uptrained(sweep)
+    source, rows = _source_of(sweep), uptrained(sweep)
     columns = [c for c in COLUMNS if any(c.value(row) is not None for row in rows)]
     short = [_VARIANT, *(column for column in columns if column.key in _SHORT)]
     drawn = [run for row in rows for merge, run in row.runs.items()
@@ -205,6 +225,20 @@ def write_uptraining(sweep: SweepRecord, out: Path) -> Written:
     written += figures.save(uptraining(rows, source), out / "uptraining")
     written += figures.save(figures.loss_curves(drawn), out / "loss")
     return Written(tuple(written), terminal_table(rows, short))
+
+
+def _source_of(sweep: SweepRecord) -> Source:
+    first, *others = sweep.directories
+    source = load_source(first)
+    for directory in others:
+        other = load_source(directory)
+        if other.fingerprint != source.fingerprint:
+            raise ValueError(
+                f"{directory} holds variants of {other.name} (parameters "
+                f"{other.fingerprint[:16]}), {first} those of {source.name} (parameters "
+                f"{source.fingerprint[:16]}): report on each without the other"
+            )
+    return source
 
 
 def load_source(directory: Path) -> Source:
@@ -253,12 +287,25 @@ def _document(
         if not fell
         else f"The loss did not fall in {len(fell)} of {count} runs: {', '.join(fell)}.",
         "",
+        *_correlation(rows),
         *unfinished(sweep),
         "![loss against KV heads](uptraining.png)",
         "",
         "![loss over uptraining](loss.png)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _correlation(rows: Sequence[Uptrained]) -> list[str]:
+    pairs = [(r.rank, r.paper_rank) for r in rows if r.rank is not None and r.paper_rank]
+    if len(pairs) < 5:
+        return []
+    return [
+        f"Rank correlation with Table 2 (Spearman, {len(pairs)} variants, heads merged by their "
+        f"mean): {spearman(pairs):.2f}. One run each: differences between neighbours may be "
+        "noise.",
+        "",
+    ]
 
 
 def _title(rows: Sequence[Uptrained]) -> str:

@@ -19,7 +19,7 @@ from typing import Literal
 
 import tyro
 
-from cla_jax.experiment import ExperimentOptions, run_experiment
+from cla_jax.experiment import ExperimentOptions, check_seeds, run_experiment
 from cla_jax.registry import model
 
 
@@ -38,6 +38,7 @@ class DesignSpace(ExperimentOptions):
 def main(options: DesignSpace) -> int:
     """Train, report; the number of runs that failed."""
     names = options.names()
+    check_seeds(options.seeds)
     training = {
         seed: options.recipe(learning_rate=options.learning_rate, seed=seed)
         for seed in options.seeds

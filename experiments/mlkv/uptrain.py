@@ -8,15 +8,17 @@ MLKV-4 2.8261, MLKV-2 2.8942, MLKV-1 3.3934. For 410m the paper prints accuracie
 
     python experiments/mlkv/uptrain.py                                # tiny: minutes on two cores
     python experiments/mlkv/uptrain.py --smoke --models MLKV-6 --merge mean     # a minute
+    python experiments/mlkv/uptrain.py --scale mini --data DIR --merge mean     # one GPU
     python experiments/mlkv/uptrain.py --scale 160m --source EleutherAI/pythia-160m-deduped \
         --data DIR --merge mean
     python experiments/mlkv/uptrain.py --scale 410m --source EleutherAI/pythia-410m-deduped \
         --data DIR --merge mean
 
-Budget: tiny trains its own source (0.3 M bytes) and 16 variants (0.04 M each); 160m 8 variants x
-5.0 B tokens for each merge, 410m 3. All see the same rows in the same order. The same command goes
-on where an interrupted one was; finished variants are skipped; more of them, or the other merge,
-may be added later. `cla-jax report OUT` draws again.
+Budget: tiny trains its own source (0.3 M bytes) and 16 variants (0.04 M each); mini its own (100 M
+tokens) and 8 variants x 5 M for each merge; 160m 8 variants x 5.0 B, 410m 3. All see the same rows
+in the same order; --tokens is of the variants alone. The same command goes on where an interrupted
+one was; finished variants are skipped; more of them, or the other merge, may be added later.
+`cla-jax report OUT` draws again.
 """
 
 import dataclasses
@@ -48,11 +50,11 @@ FREE = ("name", "sequence_length", "init_std", "norm_epsilon", "rope_theta", "ro
 class Uptrain(ExperimentOptions):
     """Convert a model to the variants of MLKV Table 2 (410m: Table 4) and uptrain each."""
 
-    scale: Literal["tiny", "160m", "410m"] = "tiny"
-    """tiny: minutes on a CPU; 160m and 410m: the paper's own recipe."""
+    scale: Literal["tiny", "mini", "160m", "410m"] = "tiny"
+    """tiny: minutes on a CPU; mini: one GPU; 160m and 410m: the paper's own recipe."""
     source: str | None = None
-    """What is converted: a Hugging Face directory, or OWNER/NAME[@REVISION] on the hub. Scale tiny
-    trains its own."""
+    """What is converted: a Hugging Face directory, or OWNER/NAME[@REVISION] on the hub. Scales tiny
+    and mini train their own."""
     merge: tuple[Literal["mean", "first"], ...] = ("mean", "first")
     """What becomes of KV heads that are merged; the paper takes their mean."""
     learning_rate: float | None = None
@@ -76,7 +78,7 @@ class Uptrain(ExperimentOptions):
         Raises:
             ValueError: no source at a scale that trains none, or no merge.
         """
-        if self.source is None and self.scale != "tiny":
+        if self.source is None and f"{self.scale}-source" not in MLKV_SCALES:
             raise ValueError(
                 f"scale {self.scale} converts a trained model: give --source "
                 f"EleutherAI/pythia-{self.scale}-deduped, or a directory that holds it"
@@ -101,7 +103,8 @@ def main(options: Uptrain) -> int:
     checkpoint = None if options.source is None else load_source(options.source, options.scale)
     outcomes = list[Outcome]()
     if checkpoint is None:
-        entry = Entry(model("pythia-tiny/MHA"), source_recipe(options), "MHA/source")
+        source = model(f"pythia-{options.scale}/MHA")
+        entry = Entry(source, source_recipe(options), "MHA/source")
         outcomes = sweep.run([entry], what="source")
         if failures(outcomes):
             return 1
@@ -165,7 +168,7 @@ def check_source(config: "ModelConfig", wanted: "ModelConfig") -> None:
 
 
 def own_checkpoint(directory: Path, config: "ModelConfig") -> "HuggingFaceCheckpoint":
-    """The source that scale tiny has trained, from its last checkpoint."""
+    """The source that was trained here, from its last checkpoint."""
     import jax
     import numpy as np
 
@@ -238,8 +241,8 @@ def record_source(
 
 
 def source_recipe(options: Uptrain) -> "TrainConfig":
-    """Of the source that scale tiny trains; the uptraining's own options are not for it."""
-    preset = options.preset() if options.smoke else MLKV_SCALES["tiny-source"]
+    """Of the source that is trained here; the uptraining's own options are not for it."""
+    preset = options.preset() if options.smoke else MLKV_SCALES[f"{options.scale}-source"]
     return recipe(preset, batch_size=options.batch_size, micro_batch=options.micro_batch)
 
 

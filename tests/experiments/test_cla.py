@@ -1,11 +1,14 @@
 """The CLA experiments by their paths: smoke runs end to end, killed and taken up, and bad input."""
 
 import json
+import math
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
+from cla_jax.reporting.report import report
 from tests.experiments.processes import (
     check_refused,
     kill_behind_a_checkpoint,
@@ -44,6 +47,16 @@ def test_design_space_killed_and_taken_up_gives_the_same_table(text):
     assert (text / "killed/MQA/seed-0/result.json").stat().st_mtime_ns == first
     assert timeless(text / "killed/results.csv") == rows
 
+    # A part for each seed, and of each run the small files alone: reported as the whole.
+    parts = [text / f"parts/{seed}" for seed in (0, 1)]
+    for seed, part in enumerate(parts):
+        drop = shutil.ignore_patterns("checkpoints", "data", "results.*", f"seed-{1 - seed}")
+        shutil.copytree(text / "straight", part, ignore=drop)
+    report(parts, text / "whole")
+    assert table(text / "whole/results.csv") == table(text / "straight/results.csv")
+    assert (text / "whole/results.md").read_text() == (text / "straight/results.md").read_text()
+    assert {row["verdict"] for row in table(text / "whole/claims.csv")} != {""}
+
 
 @pytest.mark.slow
 def test_sigterm_saves_and_has_its_own_exit_code(text):
@@ -61,12 +74,17 @@ def test_sigterm_saves_and_has_its_own_exit_code(text):
 
 @pytest.mark.slow
 def test_learning_rates_climb_until_it_no_longer_improves(text):
-    options = ("--smoke", "--models", "MQA", "--start", "0.05", "--text", "my.txt", "--out", "lr")
+    options = ("--smoke", "--models", "MQA", "--start", "0.05", "--seeds", "0", "1",
+               "--text", "my.txt", "--out", "lr")  # fmt: skip
     code, _, err = run("cla/learning_rates", *options, cwd=text)
     assert code == 0, err
     rows = table(text / "lr/runs.csv")
-    perplexities = [float(row["perplexity"] or "inf") for row in rows]
-    assert len(rows) > 1
+    rates = {row["learning_rate"]: list[float]() for row in rows}
+    for row in rows:
+        rates[row["learning_rate"]].append(math.log(float(row["perplexity"] or "inf")))
+    assert all(len(losses) == 2 for losses in rates.values())
+    perplexities = [sum(losses) for losses in rates.values()]
+    assert len(perplexities) > 1
     assert perplexities[-1] >= perplexities[-2]
     assert perplexities[:-1] == sorted(perplexities[:-1], reverse=True)
     [best] = table(text / "lr/results.csv")
@@ -94,6 +112,8 @@ def test_system_costs(tmp_path):
         ("design_space", ["--tokens", "100"], 1, ["tokens=100", "1024"]),
         ("design_space", ["--learning-rate", "0"], 1, ["learning_rate=0.0"]),
         ("design_space", ["--text", "none.txt"], 1, ["no such text file", "none.txt"]),
+        ("design_space", ["--seeds"], 1, ["no seeds", "--seeds 0 1"]),
+        ("learning_rates", ["--seeds", "3", "3"], 1, ["names a seed twice"]),
         ("learning_rates", ["--start", "-1"], 1, ["learning_rate=-1.0"]),
         ("system_costs", ["--models", "tiny/H64"], 1, ["'tiny/H64' names no model"]),
         ("system_costs", ["--repeats", "-1"], 1, ["repeats=-1"]),

@@ -114,6 +114,7 @@ def test_inference_goes_on_and_its_memory_is_the_formulas(tmp_path):
         ("uptrain", ["--merge", "median"], 2, ["median", "mean", "first"]),
         ("uptrain", ["--merge"], 1, ["--merge mean, first or both"]),
         ("uptrain", ["--scale", "160m"], 1, ["--source", "EleutherAI/pythia-160m-deduped"]),
+        ("uptrain", ["--scale", "mini"], 1, ["scale mini", "prepare-data"]),
         ("uptrain", ["--scale", "410m", "--source", "x"], 1, ["scale 410m", "prepare-data"]),
         ("uptrain", ["--learning-rate", "0"], 1, ["learning_rate=0.0"]),
         ("uptrain", ["--tokens", "100"], 1, ["tokens=100", "512"]),

@@ -1,11 +1,13 @@
 """Table 1 and Figure 3 from runs on disk, beside the paper's numbers."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.text import Annotation
+from rich.console import Console
 
 from cla_jax import model
 from cla_jax.reporting import papers
@@ -57,7 +59,8 @@ def test_the_files(write_sweep, tmp_path):
     (directory / "MQA-CLA3/seed-0/diverged.txt").write_text("diverged\n")
     written = write_design_space(load_sweep(directory), tmp_path / "out")
     assert {path.name for path in written.files} == {
-        "results.csv", "results.md", "design_space.png", "design_space.svg", "loss.png", "loss.svg",
+        "results.csv", "runs.csv", "claims.csv", "results.md", "design_space.png",
+        "design_space.svg", "loss.png", "loss.svg",
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} == {p.name for p in written.files}
     rows = list(csv.DictReader((tmp_path / "out/results.csv").read_text().splitlines()))
@@ -67,7 +70,74 @@ def test_the_files(write_sweep, tmp_path):
     assert rows[0]["spread"] == ""
     text = (tmp_path / "out/results.md").read_text()
     assert "Diverged: MQA-CLA3/seed-0." in text
-    assert "0.200 (tiny/MQA), are" in text
+    # 6.2 and 6.4: losses 0.03175 apart; their deviation is that over the square root of two.
+    assert "several (there are 1; degrees of freedom: 1): 0.02245 nats" in text
+    seeds = list(csv.DictReader((tmp_path / "out/runs.csv").read_text().splitlines()))
+    assert [(row["model"], row["seed"]) for row in seeds] == [
+        ("tiny/MHA", "0"), ("tiny/MQA", "0"), ("tiny/MQA", "1"), ("tiny/MQA-CLA2", "0"),
+    ]  # fmt: skip
+
+
+def shown(written) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(written.table)
+    return console.export_text()
+
+
+def mini(write_sweep, directory: Path, seeds: int, scale=1.0, without=()) -> Path:
+    """The paper's perplexities, times `scale`, at every model; seeds 0.1 % apart."""
+    runs = {
+        f"{variant}/seed-{seed}": (
+            f"mini/{variant}", scale * (paper.perplexity or 0) * (1 + 1e-3 * seed), seed, 1e-3
+        )
+        for variant, paper in papers.CLA_TABLE_1.items()
+        for seed in range(seeds)
+        if variant not in without
+    }  # fmt: skip
+    return write_sweep(directory, SWEEP, runs)
+
+
+def test_verdicts_are_written_with_both_sides_numbers(write_sweep, tmp_path):
+    gone = ("H46-MQA", "H90-MQA-CLA2")
+    directory = mini(write_sweep, tmp_path / "s", seeds=2, scale=3.0, without=gone)
+    written = write_design_space(load_sweep(directory), directory)
+    pairs = list(csv.DictReader((directory / "claims.csv").read_text().splitlines()))
+    found = {(row["lower"], row["higher"]): row for row in pairs if row["claim"] in ("1", "3", "5")}
+    assert {pair: row["verdict"] for pair, row in found.items()} == {
+        ("H64-MQA-CLA2", "H32-MQA"): "reproduced",
+        ("H128-MQA-CLA2", "H64-MQA"): "reproduced",
+        ("H256-MQA-CLA2", "H128-MQA"): "reproduced",
+        ("H512-MQA-CLA2", "H128-GQA2"): "reproduced",
+        ("H64-MQA-CLA2", "H128-MQA-CLA4"): "reproduced",
+        ("H128-MQA-CLA2", "H128-MQA-CLA2-KeepEnds"): "within noise",
+        ("H128-MQA-CLA2", "H128-MQA-CLA2-DenseFront"): "reproduced",
+        ("H128-MQA-CLA2", "H128-MQA-CLA2-DenseBack"): "reproduced",
+    }
+    row = found["H128-MQA-CLA2", "H64-MQA"]
+    assert (row["paper_lower"], row["paper_higher"]) == ("13.60", "13.81")
+    assert row["difference"] == row["paper_difference"] == "-1.52"
+    assert float(row["perplexity_lower"]) == pytest.approx(3 * 13.60 * 1.0005, abs=1e-2)
+    assert row["seeds"] == "2, 2"
+    text = (directory / "results.md").read_text()
+    assert (
+        "Claim 3: no finished run of H90-MQA-CLA2, so nothing is said on H90-MQA-CLA2 against "
+        "H128-MQA-CLA3." in text
+    )
+    assert "Claim 7: no finished run of H46-MQA.\n" in text
+    figure = design_space(design_points(load_sweep(directory).runs))
+    texts = " ".join(" ".join(text.get_text().split()) for text in figure.texts)
+    assert "bars: the range over seeds" in texts
+    assert "within noise" in shown(written)
+
+
+def test_with_one_seed_there_is_no_verdict(write_sweep, tmp_path):
+    directory = mini(write_sweep, tmp_path / "s", seeds=1)
+    written = write_design_space(load_sweep(directory), directory)
+    text = (directory / "results.md").read_text()
+    assert "No model has two seeds" in text
+    assert "reproduced" not in text + shown(written)
+    pairs = list(csv.DictReader((directory / "claims.csv").read_text().splitlines()))
+    assert {(row["noise"], row["verdict"]) for row in pairs} == {("", "")}
 
 
 def test_all_twenty_are_named_once_in_each_panel(write_sweep, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +59,7 @@ def test_rows_beside_the_papers(sweep):
     assert [r["uptrained_first"] for r in rows] == ["", "2.7200", "2.8200"]
     assert [r["paper_loss"] for r in rows] == ["2.7082", "2.7505", "2.8013"]
     assert [r["paper_accuracy"] for r in rows] == ["50.17", "49.43", "49.06"]
+    assert [(r["rank"], r["paper_rank"]) for r in rows] == [("3", "1"), ("1", "2"), ("2", "3")]
     # The fixture's training loss is the last one plus 1 / step; the last 5 % are one of 20 records.
     assert rows[0]["training_mean"] == "2.9500"
     document = (directory / "results.md").read_text()
@@ -90,6 +92,24 @@ def test_410m_has_accuracies_alone(sweep):
     report([directory])
     assert "paper's loss" not in (directory / "results.md").read_text()
     assert len(uptraining(rows, load_source(directory)).axes) == 2
+
+
+def test_ranks_are_correlated_with_table_2(sweep):
+    directory = sweep("mini", ("MQA-12", "MLKV-6", "GQA-48", "MLKV-4", "MLKV-2"))
+    # Converted from means with losses 2.7, 2.8, ... in that order; by the fixture's second merge,
+    # the first two have another, which does not count.
+    report([directory])
+    text = (directory / "results.md").read_text()
+    assert "Table 2 (Spearman, 5 variants, heads merged by their mean): 0.70." in text
+
+
+def test_parts_with_different_sources_are_refused(sweep, tmp_path):
+    directory = sweep()
+    other = shutil.copytree(directory, tmp_path / "other")
+    report([directory, other], tmp_path / "out")
+    (other / "source.json").write_text(json.dumps(SOURCE | {"fingerprint": "e" * 64}))
+    with pytest.raises(ValueError, match=r"holds variants of pythia-160m .*eeee.* those of .*ffff"):
+        report([directory, other], tmp_path / "out")
 
 
 def test_what_did_not_fall_is_named(sweep):
