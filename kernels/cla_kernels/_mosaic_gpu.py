@@ -105,13 +105,13 @@ def _attend(
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding), (0, 0)))
     if cached.k_scale is not None:
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
-    cut = tuned(T * heads, H, cached.k.dtype, B * K, S, tuning)
-    plan = schedule(lengths, cut.parts(K), S, cut)
-    written, together = cut_rows(B, K, T * heads, tile_columns(H), cut)
+    tuning = tuned(T * heads, H, cached.k.dtype, B * K, S, tuning)
+    plan = schedule(lengths, tuning.parts(K), S, tuning)
+    cut = cut_rows(B, K, T * heads, tile_columns(H), tuning)
     found = partial_attention(
-        rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=written,
-        result_dtype=q.dtype, tuning=cut,
+        rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=cut.rows,
+        spare=cut.spare, result_dtype=q.dtype, tuning=tuning,
     )  # fmt: skip
-    out = combine(*found, plan, together=together, tuning=cut)
+    out = combine(*found, plan, cut=cut, tuning=tuning)
     out = out[:, : T * heads, :H]
     return out.reshape(B, K, T, heads, H).swapaxes(1, 2).reshape(B, T, N, H)

@@ -60,7 +60,8 @@ def _widened(ref: Any, dtype: jnp.dtype) -> jax.Array:
 
 # Jitted, so that a model's layers trace and lower it once.
 @functools.partial(
-    jax.jit, static_argnames=("queries", "heads", "scale", "written", "result_dtype", "tuning")
+    jax.jit,
+    static_argnames=("queries", "heads", "scale", "written", "spare", "result_dtype", "tuning"),
 )
 def partial_attention(
     q: jax.Array,
@@ -72,14 +73,15 @@ def partial_attention(
     heads: int,
     scale: float,
     written: int,
+    spare: int,
     result_dtype: jnp.dtype,
     tuning: Tuning,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Every unit's softmax over its stretch of every row that it reads.
 
     Unit `p * K + head` is part `p` of a KV head. A row that it reads whole is done. Of others it
-    leaves at most two partial results: `2 * unit + 1` of the row that goes on behind it, and
-    `2 * unit` of the one that began before it.
+    leaves at most two partial results: `2 * unit` of the first row that it reads, and
+    `2 * unit + 1` of another, which goes on behind it.
 
     Args:
         q: `[B, K, queries * heads, H]`, at most 64 rows to a KV head, in the type in which tiles
@@ -91,6 +93,7 @@ def partial_attention(
         heads: query heads of a KV head.
         scale: of the scores, positive.
         written: rows of a result: those of `q`, or whole tiles of them.
+        spare: parts for which there is room behind the `P`.
         result_dtype: of a result.
         tuning: how the work is cut.
 
@@ -98,12 +101,13 @@ def partial_attention(
         Results `[B * K, written, C]` of what is done alone, `C` the head dim in whole tiles; and
         float32: sums of values `[2 * P * K, R, C]`, `R` the rows in whole tiles, and their largest
         score (times log2 e) and sum of weights, `[2 * P * K, 2, R]`. What nobody has found is not
-        written.
+        written. `spare` parts lie behind them, never written.
     """
     B, K, given, H = q.shape
     rows = tile_rows(given)
     G, _, S = cached.k.shape[:3]
-    units = plan.parts.shape[0] * K
+    parts = plan.parts.shape[0]
+    units, found = parts * K, 2 * (parts + spare) * K
     block, stages, workers = tuning.block, tuning.stages, tuning.workers
     width = tile_columns(H)
     scale2 = scale * math.log2(math.e)  # exp2 is the GPU's own
@@ -333,7 +337,7 @@ def partial_attention(
 
                 @pl.when(jnp.logical_not(alone))
                 def _leave() -> None:
-                    index = 2 * unit + (first == 0).astype(jnp.int32)
+                    index = 2 * unit + (number > 0).astype(jnp.int32)
                     statistics_ref.at[index, 0][...] = m
                     statistics_ref.at[index, 1][...] = weight
                     sums_ref.at[index].T[...] = plgpu.layout_cast(
@@ -429,8 +433,8 @@ def partial_attention(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((B * K, written, width), result_dtype),
-            jax.ShapeDtypeStruct((2 * units, rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((2 * units, 2, rows), jnp.float32),
+            jax.ShapeDtypeStruct((found, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((found, 2, rows), jnp.float32),
         ),
         scratch_types=scratch,
         grid=(units,),
