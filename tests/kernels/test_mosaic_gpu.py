@@ -10,7 +10,7 @@ import pytest
 from cla_kernels import EIGHT_BIT
 from cla_kernels import _mosaic_gpu as mosaic
 from cla_kernels._schedule import schedule
-from cla_kernels._tuning import Tuning
+from cla_kernels._tuning import Tuning, tuned
 from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
@@ -127,6 +127,45 @@ def test_every_configuration_lowers_for_cuda(
 
     traced = jax.jit(call).trace(q, k, v, lengths, **of_cache)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": 96}, "block 96: expected a positive multiple of 64; the nearest is 128"),
+        ({"block": 0}, "block 0: .*the nearest is 64"),
+        ({"workers": 3}, "workers 3: expected 1 or 2"),
+        ({"stages": 2}, "stages 2: expected at least 3"),
+        ({"stages": 6, "workers": 2}, "stages 6: .*a multiple of 4; the nearest is 4"),
+        ({"stages": 3, "workers": 2}, "stages 3: .*a multiple of 4; the nearest is 4"),
+        ({"units": 0}, "units 0: expected at least 1"),
+    ],
+)
+def test_a_cut_that_cannot_work_is_refused(change: dict[str, int], message: str):
+    with pytest.raises(ValueError, match=message):
+        Tuning(**change)
+
+
+@given(
+    st.integers(1, 64), st.integers(32, 256), st.sampled_from(["bfloat16", "float16", *EIGHT_BIT]),
+    st.integers(1, 4096), st.integers(1, 200_000),
+    st.none() | st.builds(
+        Tuning, block=st.sampled_from([64, 128, 192, 256, 512]), stages=st.sampled_from([4, 8, 12]),
+        workers=st.integers(1, 2),
+    ),
+)  # fmt: skip
+def test_whatever_is_asked_the_cut_can_work(
+    rows: int, head_dim: int, dtype: str, row_heads: int, size: int, asked: Tuning | None
+):
+    kv_dtype = jnp.dtype(dtype)
+    cut = tuned(rows, head_dim, kv_dtype, row_heads, size, asked)  # a `Tuning` checks itself
+    assert cut.units <= 132
+    # What a program holds: tiles, queries, weights.
+    columns, itemsize = -(-head_dim // 64) * 64, kv_dtype.itemsize
+    held = cut.stages * cut.block * columns * itemsize
+    held += 2 * (rows * columns * 2) + cut.workers * rows * cut.block * 2
+    assert held < 227 * 1024
+    assert tuned(rows, head_dim, kv_dtype, row_heads, size, cut) == cut
 
 
 @given(
