@@ -141,7 +141,7 @@ def test_every_configuration_lowers_for_cuda(
         ({"units": 0}, "units 0: expected at least 1"),
     ],
 )
-def test_a_cut_that_cannot_work_is_refused(change: dict[str, int], message: str):
+def test_a_cut_that_cannot_work_is_refused(change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         Tuning(**change)
 
