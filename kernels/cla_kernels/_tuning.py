@@ -131,7 +131,9 @@ def tuned(
     # Two have fewer registers each.
     workers = tuning.workers if rows * columns <= 32 * 128 else 1
     # Scores and sums of values of a tile lie in registers.
-    block = _whole_tiles(min(tuning.block, (8192 if columns < 256 else 4096) // rows))
+    block, most = tuning.block, (8192 if columns < 256 else 4096) // rows
+    while block > most and block > TILE_KEYS:
+        block = _half(block)
     while True:
         fixed = (3 if eight_bit else 2) * rows * columns * 2  # queries, and results of another type
         fixed += workers * (rows * block * 2 + block * columns * 2 * eight_bit)
@@ -144,13 +146,13 @@ def tuned(
         if stages >= _FEWEST_STAGES:
             return dataclasses.replace(tuning, block=block, stages=stages, workers=workers)
         if block > TILE_KEYS:
-            block = _whole_tiles(block // 2)
+            block = _half(block)
         elif workers > 1:
             workers = 1
         else:
             raise ValueError(f"{rows} rows of {columns} columns do not fit in shared memory")
 
 
-def _whole_tiles(keys: int) -> int:
-    """So many keys or fewer, but one tile of wgmma at least."""
-    return max(keys // TILE_KEYS, 1) * TILE_KEYS
+def _half(block: int) -> int:
+    """Of its tiles of wgmma."""
+    return block // TILE_KEYS // 2 * TILE_KEYS
