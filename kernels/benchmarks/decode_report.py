@@ -212,7 +212,8 @@ def _shapes(n: int) -> str:
     return f"{n} shape" + "s" * (n != 1)
 
 
-def _geometric_mean(ratios: Sequence[float]) -> float:
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """Of positive numbers."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
@@ -272,7 +273,7 @@ def _against(name: str, chosen: dict[Shape, Row], times: Times) -> list[str]:
     worst = min(ratios, key=lambda shape: ratios[shape])
     slower = [shape for shape, ratio in ratios.items() if ratio < 1]
     lines = [
-        f"* against {name}: {_geometric_mean(list(ratios.values())):.2f} times as fast in the "
+        f"* against {name}: {geometric_mean(list(ratios.values())):.2f} times as fast in the "
         f"geometric mean of {_shapes(len(ratios))}; least {ratios[worst]:.2f} ({worst.name}); "
         f"slower on {len(slower)}"
     ]
@@ -326,7 +327,7 @@ def _by_size(chosen: dict[Shape, Row]) -> list[str]:
         }  # fmt: skip
         if fractions:
             worst = min(fractions, key=lambda shape: fractions[shape])
-            mean = _geometric_mean(list(fractions.values()))
+            mean = geometric_mean(list(fractions.values()))
             lines.append(
                 f"* bf16, {label}: {mean:.2f} of the bandwidth in the geometric mean of "
                 f"{_shapes(len(fractions))}, at least {fractions[worst]:.2f} ({worst.name})"

@@ -1,8 +1,10 @@
 """The decode benchmark on a processor: what it selects, measures, refuses and writes."""
 
 import importlib
+import types
 from pathlib import Path
 
+import jax
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
@@ -239,3 +241,74 @@ def test_later_rows_replace_earlier_ones_and_retry_wants_those_without_a_time(mo
     assert to_do(chosen, names, read, retry=True) == [
         (chosen[0], names), (chosen[1], ["flashinfer"])  # the first's peer was disturbed
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_tuner_checks_two_cuts_in_the_interpreter(module, capsys):
+    tune = module("tune_decode")
+    tune.main(tune.Options(smoke=True))
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[2:]] == ["table", "64x4x1", "64x4x2"]
+    assert said.count("not timed") == 3
+    assert "wrong" not in said
+
+
+def test_the_tuner_times_right_cuts_in_turns_and_ranks_them(module, monkeypatch):
+    tune, timing = module("tune_decode"), module("decode_timing")
+    shape = module("decode_shapes").Shape(2, 136, 4, 1, 64)
+    attend, calls = timing.attend, []
+
+    def on_a_processor(how, *args):
+        if how == "cudnn":
+            raise ValueError("not here")
+        out = attend("xla", *args)
+        return 1.1 * out if getattr(how, "workers", 1) == 2 else out
+
+    def slope(run, *_):
+        run(1)
+        calls.append(run)
+        return timing.Measured(next(times), True, 3, 3)
+
+    times = iter([4e-6, 2e-6, 5e-6, 3e-6, 4e-6, 2e-6])
+    monkeypatch.setattr(timing, "attend", on_a_processor)
+    monkeypatch.setattr(timing, "slope", slope)
+    options = tune.Options(blocks=(64,), stages=(4,), rounds=3)
+    cuts = tune.fitting(shape, tune.grid(options))
+    assert {name: cut.units for name, cut in cuts.items()} == {"64x4x1": 6, "64x4x2": 6}
+    contestants = {"table": "mosaic_gpu", "cudnn": "cudnn", **cuts}
+    few = timing.Timing(1e-4, rotation=40_000, most_layers=2, step=2, rate=1e9)
+    found = tune.contest(shape, contestants, few, rounds=3, threads=2)
+    assert found["cudnn"].note == "not here"
+    assert found["64x4x2"].note == "wrong"
+    assert found["table"].seconds == (4e-6, 5e-6, 4e-6)  # in turns
+    assert found["64x4x1"].seconds == (2e-6, 3e-6, 2e-6)
+    assert "     2.00 us (2.00 to 3.00)  2.000 of the table's speed" in tune.table(shape, found)
+    said = tune.verdict("16 bits", [found, found])
+    assert said[0] == "16 bits, 2 shapes: 64x4x1 is faster"
+    assert said[1].split() == ["64x4x1", "2.000", "(at", "least", "2.000)"]
+    slower = {**found, "64x4x1": tune.Found(1e-3, (8e-6,))}
+    assert "the table's cut stands" in tune.verdict("16 bits", [found, slower])[0]
+
+
+def test_the_tuner_says_what_is_wrong_before_any_work(module, monkeypatch):
+    tune = module("tune_decode")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="cpu")])
+    for change, message in (
+        ({"shapes": ("B65-*",)}, "'B65-\\*' matches none"),
+        ({"blocks": (96,)}, "block 96: expected a positive multiple of 64"),
+        ({"stages": (6,), "workers": (2,)}, "nothing to time"),
+        ({}, "finds a cpu and no GPU; --smoke runs here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tune.main(tune.Options(**change))
+
+
+def test_the_tuner_has_several_shapes_of_every_entry(module):
+    from cla_kernels._tuning import table_entry
+
+    tune, shapes = module("tune_decode"), module("decode_shapes")
+    chosen = shapes.select(shapes.standard_shapes(), tune.SHAPES)
+    assert len(chosen) == len(tune.SHAPES)
+    dtypes = module("decode_timing").DTYPES
+    entries = {(table_entry(s.H, dtypes[s.dtype])[0], s.dtype == "bf16") for s in chosen}
+    assert len(entries) == 6

@@ -3,7 +3,6 @@
 import dataclasses
 import faulthandler
 import re
-import sys
 from typing import Any
 
 import jax
@@ -69,7 +68,7 @@ HANGS = 300.0  # seconds
 def watched(capfd):
     """An interpreter that hangs ends the process, and says where every thread is."""
     with capfd.disabled():
-        faulthandler.dump_traceback_later(HANGS, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(HANGS, exit=True, file=2)
         yield
         faulthandler.cancel_dump_traceback_later()
 
@@ -163,13 +162,17 @@ def lowered(
     q, lengths = array((shape.B, shape.T, shape.N, shape.H), q_dtype), array((shape.B,), jnp.int32)
 
     def call(layer: Any, q: Any, k: Any, v: Any, lengths: Any, *scales: Any) -> jax.Array:
-        return mosaic.decode_attention(q, k, v, *(scales or (None, None)), lengths, layer, 0.1)
+        k_scale, v_scale = scales or (None, None)
+        return mosaic.decode_attention(q, k, v, k_scale, v_scale, lengths, layer, 0.1)
 
-    def run(*args: Any) -> jax.Array:
+    def run(q: Any, k: Any, v: Any, lengths: Any, *scales: Any) -> jax.Array:
         if not scan:
-            return call(shape.G - 1, *args)
-        layers = jnp.arange(shape.G, dtype=jnp.int32)
-        return jax.lax.scan(lambda _, layer: (None, call(layer, *args)), None, layers)[1]
+            return call(shape.G - 1, q, k, v, lengths, *scales)
+
+        def step(_: None, layer: jax.Array) -> tuple[None, jax.Array]:
+            return None, call(layer, q, k, v, lengths, *scales)
+
+        return jax.lax.scan(step, None, jnp.arange(shape.G, dtype=jnp.int32))[1]
 
     traced = jax.jit(run).trace(q, cache, cache, lengths, *given)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -216,9 +219,9 @@ def test_the_schedule_is_there_when_it_is_read():
     lengths = np.random.default_rng(3).integers(0, shape.S + 1, (200, shape.B))
     lengths[::7] = lengths[::7, :1]  # some as long as one another
 
-    def loop(implementation: Any, *given: Any) -> jax.Array:
+    def loop(implementation: Any, q: Any, k: Any, v: Any) -> jax.Array:
         def step(_: None, lengths: jax.Array) -> tuple[None, jax.Array]:
-            return None, decode_attention(*given, lengths, implementation=implementation)
+            return None, decode_attention(q, k, v, lengths, implementation=implementation)
 
         return jax.lax.scan(step, None, jnp.asarray(lengths, jnp.int32))[1]
 
