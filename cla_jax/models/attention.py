@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from cla_kernels import target_device
+from cla_kernels import gpu_obstacle, target_device
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -113,11 +113,8 @@ def attention_path(
         why = "fused" if lanes == head_dim else f"fused, head dim {head_dim} zero-padded to {lanes}"
         return AttentionPath("splash", lanes, why)
     device = target_device()
-    if device.platform not in ("gpu", "cuda"):
-        return AttentionPath("xla", head_dim, f"{device.platform} has no fused kernel in jax.nn")
-    if not hasattr(device, "compute_capability"):
-        why = f"the compute capability of {device.device_kind} is not known here"
-        return AttentionPath("xla", head_dim, why)
+    if no_gpu := gpu_obstacle(device):
+        return AttentionPath("xla", head_dim, no_gpu)
     capability = float(device.compute_capability)
     largest = 256 if capability >= 9.0 else 128
     if capability < 8.0:

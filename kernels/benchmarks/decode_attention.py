@@ -10,15 +10,17 @@
 Every time is of the device alone: of `decode_attention` called again and again inside one compiled
 program (peers: in a CUDA graph), over several layers' caches in turn that together are twice
 as large as the L2 (of 24 layers at most: under 5 MB a call, less), in steps of 20 calls, as of a
-model of 20 layers, which share what depends on lengths alone; and from the slope between two
-amounts of work. Every implementation is first compared with float32: one whose error is larger than
+model of 20 layers, which share what depends on lengths alone; and from the slope between the
+shortest of many short windows of two amounts of work. Where no three of them agree something
+disturbed them: those rows are measured once more at the end, and the summary names what still is
+disturbed. Every implementation is first compared with float32: one whose error is larger than
 allowed gets no time. In the same run the device reads a 2 GB array: fractions are of that rate.
 
 OUT gets `results.csv`, written row by row, `results.md`, `bandwidth.png` and `bandwidth.svg`. If it
 has a `results.csv` already the run goes on: what is in it is not measured again (`--retry`: what
-has no time is). A new version of a kernel wants a new OUT. After `--deadline` seconds the run stops
-and still writes its tables. JAX shares the device with torch: its memory is not taken in advance
-(XLA_PYTHON_CLIENT_PREALLOCATE=false, unless you set it).
+has no time is, or a disturbed one). A new version of a kernel wants a new OUT. After `--deadline`
+seconds the run stops and still writes its tables. JAX shares the device with torch: its memory is
+not taken in advance (XLA_PYTHON_CLIENT_PREALLOCATE=false, unless you set it).
 """
 
 import argparse
@@ -35,7 +37,7 @@ from decode_run import RUNNING, DeviceLostError, Run, measure_all, write_report
 from decode_shapes import SETS, Shape, select, smoke_shapes
 
 IMPLEMENTATIONS = (*report.JAX_PATHS, "reference", *report.PEERS)
-DEFAULT = ("mosaic_gpu", "cudnn", "xla", *report.PEERS)
+DEFAULT = (*report.JAX_PATHS, *report.PEERS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
     text.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS",
                       help="stop then, and write the tables of what was measured")  # fmt: skip
-    text.add_argument("--retry", action="store_true", help="measure anew what has no time yet")
+    text.add_argument(
+        "--retry", action="store_true", help="measure anew what has no time yet, or was disturbed"
+    )
     text.add_argument("--threads", type=int, default=min(12, os.cpu_count() or 1), metavar="N",
                       help="that compile; default %(default)s")  # fmt: skip
     text.add_argument("--list", action="store_true", help="print the shapes, measure nothing")
@@ -102,8 +106,10 @@ def available(names: Sequence[str]) -> list[str]:
 def to_do(
     shapes: Sequence[Shape], names: Sequence[str], done: Sequence[Row], retry: bool
 ) -> list[tuple[Shape, list[str]]]:
-    """What is not in the rows yet, shape by shape."""
-    known = {row.key for row in done if row.microseconds or not retry}
+    """What is not in the rows yet, shape by shape; `retry`: nor without a fault."""
+    known = {
+        row.key for row in done if not retry or (row.microseconds and row.agreed is not False)
+    }  # fmt: skip
     wanted = [(s, [name for name in names if (s, name) not in known]) for s in shapes]
     return [(shape, missing) for shape, missing in wanted if missing]
 
@@ -114,13 +120,16 @@ def earlier(out: Path, shapes: Sequence[Shape]) -> list[Row]:
     What was running when such a run died has no row: it gets one now, so as not to be tried again.
     """
     csv, running = out / "results.csv", out / RUNNING
-    if running.exists():
-        name, _, implementation = running.read_text("utf-8").strip().partition(" ")
-        for shape in shapes:
-            if shape.name == name:
-                note = "the run ended while this ran; --retry tries again"
-                report.append(csv, Row(shape, implementation, note=note))
-        running.unlink()
+    rows = report.read(csv) if csv.exists() else []
+    if not running.exists():
+        return rows
+    name, _, implementation = running.read_text("utf-8").strip().partition(" ")
+    timed = {row.key for row in rows if row.microseconds}
+    for shape in shapes:
+        if shape.name == name and (shape, implementation) not in timed:
+            note = "the run ended while this ran; --retry tries again"
+            report.append(csv, Row(shape, implementation, note=note))
+    running.unlink()
     return report.read(csv) if csv.exists() else []
 
 
@@ -143,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.out is None:
             raise ValueError("--out is missing: expected a folder for the results")
+        report.check_can_grow(options.out / "results.csv")
     except ValueError as error:
         text.error(str(error))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX is imported
@@ -155,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timing = Timing()
     if options.smoke:
         timing = Timing(
-            2e-4, 1e-3, 3, rotation=40_000, most_layers=3, step=4, rate=1e9, fewest=1e-4
+            2e-4, 1e-3, 3, agree=10.0, rotation=40_000, most_layers=3, step=4, rate=1e9, fewest=1e-4
         )
     print(f"# {device.device_kind}, jax {jax.__version__}", flush=True)
     names = available(names)
@@ -174,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = Run(
             options.out, timing, began + options.deadline, max(bandwidths.values()),
             device.device_kind, options.threads,
+            timed={row.key for row in done if row.microseconds},
         )  # fmt: skip
         try:
             measure_all(run, wanted)

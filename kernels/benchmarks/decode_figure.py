@@ -29,9 +29,7 @@ def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    drawn = [
-        row for row in rows if row.fraction and row.shape.dtype == "bf16" and not row.shape.skewed
-    ]
+    drawn = [row for row in rows if row.fraction and row.shape.dtype == "bf16" and row.shape.full]
     if not drawn:
         return []
     dims = sorted({row.shape.H for row in drawn})

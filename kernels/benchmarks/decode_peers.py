@@ -40,7 +40,7 @@ def obstacle(peer: str, shape: Shape) -> str:
     """Why this peer cannot take this shape; empty if it can."""
     if shape.dtype != "bf16":
         return "timed with bf16 caches alone"
-    if shape.skewed and peer != "flashinfer":
+    if not shape.full and peer != "flashinfer":
         return "takes no lengths"
     return ""
 

@@ -19,7 +19,8 @@ ORDER = (*JAX_PATHS, "reference", *PEERS)
 class Row:
     """One shape and implementation. Without `microseconds` there is no time, and `note` says why.
 
-    `microseconds` are of a call, `spread` is by how much of it the median of repeats took longer;
+    `microseconds` are of a call, from the shortest of `windows` of repeated work, of which `clean`
+    lie within 1 % of it; the three shortest `agreed`, or something disturbed all of them.
     `tb_per_second` counts the K/V that a call must read, `fraction` is of `ceiling_tb_per_second`,
     the read bandwidth measured in the same run; `error` is the norm of the difference from float32
     over the norm. `layers` caches are read in turn. `default` is what decode_attention chooses.
@@ -30,7 +31,9 @@ class Row:
     default: str = ""
     layers: int = 0
     microseconds: float | None = None
-    spread: float | None = None
+    agreed: bool | None = None
+    windows: int | None = None
+    clean: int | None = None
     tb_per_second: float | None = None
     fraction: float | None = None
     error: float | None = None
@@ -46,6 +49,8 @@ class Row:
 
 _OF_SHAPE = tuple(field.name for field in dataclasses.fields(Shape))
 _OF_ROW = tuple(field.name for field in dataclasses.fields(Row) if field.name != "shape")
+# Of a file of an earlier version `spread` is passed over, and these are not there.
+_LATER = {"ragged", "agreed", "windows", "clean"}
 COLUMNS = ("name", *_OF_SHAPE, "kv_bytes", "cache_bytes", *_OF_ROW)
 
 
@@ -65,6 +70,20 @@ def append(path: Path, row: Row) -> None:
         writer.writerow(values)
 
 
+def check_can_grow(path: Path) -> None:
+    """Before a run goes on in a file.
+
+    Raises:
+        ValueError: its columns are not those that `append` writes.
+    """
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            if tuple(next(csv.reader(file), ())) != COLUMNS:
+                raise ValueError(
+                    f"{path}: its columns are not those of this version; expected a new folder"
+                )
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a file; of several with one shape and implementation the last.
 
@@ -76,7 +95,7 @@ def read(path: Path) -> list[Row]:
     found: dict[tuple[Shape, str], Row] = {}
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if not set(COLUMNS) - _LATER <= set(reader.fieldnames or ()):
             raise ValueError(f"{path}: its columns are not those of this benchmark's results.csv")
         for number, line in enumerate(reader, 2):
             try:
@@ -90,13 +109,17 @@ def read(path: Path) -> list[Row]:
 
 
 def _row(line: dict[str, str]) -> Row:
-    if any(line.get(name) is None for name in COLUMNS):
+    if None in line.values() or None in line:
         raise ValueError("too short")
     B, S, N, K, H = (int(line[name]) for name in ("B", "S", "N", "K", "H"))
-    shape = Shape(B, S, N, K, H, line["dtype"], line["skewed"] == "True")
+    shape = Shape(B, S, N, K, H, line["dtype"], line["skewed"] == "True",
+                  int(line.get("ragged") or 0))  # fmt: skip
 
     def number(name: str) -> float | None:
         return float(line[name]) if line[name] else None
+
+    def count(name: str) -> int | None:
+        return int(line[name]) if line.get(name) else None
 
     return Row(
         shape,
@@ -104,11 +127,13 @@ def _row(line: dict[str, str]) -> Row:
         default=line["default"],
         layers=int(line["layers"]),
         microseconds=number("microseconds"),
-        spread=number("spread"),
+        agreed=line["agreed"] == "True" if line.get("agreed") else None,
+        windows=count("windows"),
+        clean=count("clean"),
         tb_per_second=number("tb_per_second"),
         fraction=number("fraction"),
         error=number("error"),
-        temporary_bytes=int(line["temporary_bytes"]) if line["temporary_bytes"] else None,
+        temporary_bytes=count("temporary_bytes"),
         ceiling_tb_per_second=number("ceiling_tb_per_second"),
         device=line["device"],
         note=line["note"],
@@ -123,9 +148,12 @@ def by_shape(rows: Iterable[Row]) -> Times:
     rank = {name: i for i, name in enumerate(ORDER)}
     found: Times = {}
     for row in sorted(
-        rows, key=lambda r: (r.shape.skewed, r.shape.dtype, r.shape.kv_bytes, r.shape, rank.get(
-            r.implementation, len(rank)))
-    ):  # fmt: skip
+        rows,
+        key=lambda r: (
+            (not r.shape.full, r.shape.skewed, r.shape.dtype, r.shape.kv_bytes),
+            (r.shape, rank.get(r.implementation, len(rank))),
+        ),
+    ):
         found.setdefault(row.shape, {})[row.implementation] = row
     return found
 
@@ -184,12 +212,16 @@ def _shapes(n: int) -> str:
     return f"{n} shape" + "s" * (n != 1)
 
 
-def _geometric_mean(ratios: Sequence[float]) -> float:
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """Of positive numbers."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How the default and our kernel compare: with each path, at each size, with 8 bits, skewed."""
+    """How the default and our kernel compare: with each path, by size, 8 bits, skewed, ragged.
+
+    And which times no three windows agreed on.
+    """
     times = by_shape(rows)
     names = _columns(times)
     ceilings = sorted({row.ceiling_tb_per_second for row in rows if row.ceiling_tb_per_second})
@@ -216,7 +248,14 @@ def summary(rows: Sequence[Row]) -> str:
             lines += _by_size(chosen)
             lines += _pairs("8-bit", chosen, lambda s: dataclasses.replace(s, dtype="bf16"))
             lines += _pairs("skewed", chosen, lambda s: dataclasses.replace(s, skewed=False))
+            lines += _pairs("ragged", chosen, lambda s: dataclasses.replace(s, ragged=0))
         lines.append("")
+    if unsettled := [row for row in rows if row.microseconds and row.agreed is False]:
+        lines.append("Disturbed, maybe too long (no three windows agreed):")
+        lines += [
+            f"* {row.shape.name}, {row.implementation}: {row.microseconds:.1f} us, {row.clean} of "
+            f"{row.windows} windows within 1 % of the shortest" for row in unsettled
+        ]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -234,7 +273,7 @@ def _against(name: str, chosen: dict[Shape, Row], times: Times) -> list[str]:
     worst = min(ratios, key=lambda shape: ratios[shape])
     slower = [shape for shape, ratio in ratios.items() if ratio < 1]
     lines = [
-        f"* against {name}: {_geometric_mean(list(ratios.values())):.2f} times as fast in the "
+        f"* against {name}: {geometric_mean(list(ratios.values())):.2f} times as fast in the "
         f"geometric mean of {_shapes(len(ratios))}; least {ratios[worst]:.2f} ({worst.name}); "
         f"slower on {len(slower)}"
     ]
@@ -283,12 +322,12 @@ def _by_size(chosen: dict[Shape, Row]) -> list[str]:
     ):
         fractions = {
             shape: row.fraction for shape, row in chosen.items()
-            if shape.dtype == "bf16" and not shape.skewed and least <= shape.kv_bytes < most
+            if shape.dtype == "bf16" and shape.full and least <= shape.kv_bytes < most
             and row.fraction
         }  # fmt: skip
         if fractions:
             worst = min(fractions, key=lambda shape: fractions[shape])
-            mean = _geometric_mean(list(fractions.values()))
+            mean = geometric_mean(list(fractions.values()))
             lines.append(
                 f"* bf16, {label}: {mean:.2f} of the bandwidth in the geometric mean of "
                 f"{_shapes(len(fractions))}, at least {fractions[worst]:.2f} ({worst.name})"

@@ -20,7 +20,9 @@ class Shape:
     """One call: `B` rows of `S` cached tokens, `N` query heads on `K` KV heads of dimension `H`.
 
     `dtype` is the cache's: `bf16`, `int8` or `e4m3`; queries are bfloat16. A skewed batch has the
-    same `B * S` tokens, but one row (the middle one) has 64 times as many as each of the others.
+    same `B * S` tokens, but one row (the middle one) has 64 times as many as each of the others. In
+    a ragged one every row has `ragged` tokens less than its cache has room for, so that the last
+    tile is not full, as in nearly every step of a generation.
     """
 
     B: int
@@ -30,17 +32,27 @@ class Shape:
     H: int
     dtype: str = "bf16"
     skewed: bool = False
+    ragged: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ragged and (self.skewed or not 0 < self.ragged < self.S):
+            raise ValueError(f"ragged {self.ragged}: expected 1 to S - 1, of a batch not skewed")
 
     @property
     def name(self) -> str:
-        skewed = "-skewed" if self.skewed else ""
-        return f"B{self.B}-S{self.S}-N{self.N}-K{self.K}-H{self.H}-{self.dtype}{skewed}"
+        suffix = "-skewed" if self.skewed else f"-ragged{self.ragged}" if self.ragged else ""
+        return f"B{self.B}-S{self.S}-N{self.N}-K{self.K}-H{self.H}-{self.dtype}{suffix}"
+
+    @property
+    def full(self) -> bool:
+        """Whether every row is."""
+        return not (self.skewed or self.ragged)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Valid tokens of each row; they add up to `B * S`."""
+        """Valid tokens of each row; they add up to `B * S`, less what is ragged."""
         if not self.skewed:
-            return (self.S,) * self.B
+            return (self.S - self.ragged,) * self.B
         short = self.B * self.S // (self.B - 1 + SKEW)
         rows = [short] * self.B
         rows[self.B // 2] = self.B * self.S - short * (self.B - 1)
@@ -59,7 +71,7 @@ class Shape:
     @property
     def kv_bytes(self) -> int:
         """What a call must read: valid K and V."""
-        return self.B * self.S * self.bytes_per_token
+        return self.B * (self.S - self.ragged) * self.bytes_per_token
 
     @property
     def cache_bytes(self) -> int:
@@ -103,6 +115,10 @@ SKEWED = tuple(
         (16, 32768, MQA), (16, 8192, GQA8),
     )
 )  # fmt: skip
+RAGGED = tuple(
+    Shape(B, S, *heads, ragged=57)
+    for B, S, heads in ((64, 8192, MQA), (256, 512, MQA), (16, 8192, GQA4))
+)
 E4M3 = tuple(
     Shape(B, S, *heads, "e4m3")
     for B, S, heads in (
@@ -122,14 +138,14 @@ def _grid(
 
 
 def full_shapes() -> list[Shape]:
-    """Every batch, length, head count and head dim, in bf16 and int8; some e4m3, some skewed."""
+    """Every batch, length, head count and head dim, in bf16 and int8; some e4m3, skewed, ragged."""
     grid = [
         Shape(B, S, *heads, H, dtype)
         for dtype, heads, H, B, S in itertools.product(
             ("bf16", "int8"), HEADS, HEAD_DIMS, BATCHES, CACHE_LENGTHS
         )
     ]
-    return _unique([*GOALS, *_in_range(grid), *E4M3, *SKEWED])
+    return _unique([*GOALS, *_in_range(grid), *E4M3, *SKEWED, *RAGGED])
 
 
 def standard_shapes() -> list[Shape]:
@@ -137,7 +153,7 @@ def standard_shapes() -> list[Shape]:
 
     MQA of 16 heads with head dim 128, MQA of 32 with 64 and GQA of 4 and 8 heads with 128 at every
     length and batch 1, 16 and 64 (MQA with head dim 128: every batch); the other head dims and
-    counts, and the 8-bit caches, at two or three sizes each; all goals.
+    counts, and the 8-bit caches, at two or three sizes each; skewed and ragged ones; all goals.
     """
     some, few = (1, 16, 64), (4096, 32768)
     shapes = [
@@ -158,7 +174,7 @@ def standard_shapes() -> list[Shape]:
         *_grid((16,), (4096, 8192, 32768), GQA4, "int8"),
         *_grid((16,), (8192,), (16, 1, 256), "int8"),
     ]
-    return _unique([*GOALS, *_in_range(shapes), *E4M3, *SKEWED])
+    return _unique([*GOALS, *_in_range(shapes), *E4M3, *SKEWED, *RAGGED])
 
 
 def smoke_shapes() -> list[Shape]:

@@ -1,23 +1,29 @@
 """Times on the device by the slope between two amounts of work; the JAX side of the benchmark.
 
-What is timed is one compiled program a call: an outer loop of `n` (given when it is called) around
-an inner loop of fixed length, of steps of a model of 20 layers: `decode_attention` runs over each
-layer's cache in turn, its output being the next query. What an implementation makes of the lengths
-alone it makes once a step, as in a model. Nothing else is in the loop. Two values of `n` differ by
-work alone: dispatch and the first call cancel.
+What is timed is a compiled program, called `n` times in a row, each with the last one's output, and
+waited for once: the device works on one while the host enqueues the next. A program is a loop of
+fixed length, of steps of a model of 20 layers: `decode_attention` runs over each layer's cache in
+turn, its output being the next query. What an implementation makes of the lengths alone it makes
+once a step, as in a model. Beside that the loop has its counter, and the copies of queries (at
+most 4 MB) that XLA may make for it. Two values of `n` differ by work alone: waiting, and the way to
+the first launch, cancel.
+
+The host still enqueues every launch, unless XLA has made command buffers of them: at a few
+microseconds a call a host that is busy otherwise cannot keep up, and windows do not agree.
 """
 
 import dataclasses
+import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cla_kernels import choose_implementation, decode_attention
+from cla_kernels import _mosaic_gpu, choose_implementation, decode_attention
+from cla_kernels._tuning import Tuning
 from decode_shapes import BITS8, Shape, layers_of
 from jax import lax
 
@@ -30,11 +36,16 @@ Cache = tuple[jax.Array, ...]  # one layer's k, v [1, B, S, K, H], 8-bit: and sc
 class Timing:
     """How long and how often.
 
+    Windows are short, so that some fall between what else the host does, and many.
+
     Attributes:
-        inner: seconds of work in the inner loop, if the device reads `rate` bytes a second.
+        inner: seconds of work in a program, if the device reads `rate` bytes a second.
         window: seconds by which the two amounts of work differ, about.
-        repeats: of each amount of work, of which the shortest counts.
-        rotation: bytes of K/V that are read before any is read again: twice an L2 of 60 MB.
+        repeats: of each amount of work, at most; the shortest counts.
+        agree: the three shortest of either amount may differ by so much of `window`; then it ends.
+        budget: seconds after which it ends in any case.
+        rotation: bytes of K/V that are read before any is read again: twice an L2 of 50 MB, and
+            some.
         most_layers: of them, at most: each is a call in the program.
         step: calls of a step, at least: of fewer layers, some are called more than once.
         most_bytes: of all layers' caches together.
@@ -42,9 +53,11 @@ class Timing:
         fewest: seconds of a call, to guess by.
     """
 
-    inner: float = 5e-3
-    window: float = 15e-3
-    repeats: int = 7
+    inner: float = 1.5e-3
+    window: float = 4.5e-3
+    repeats: int = 60
+    agree: float = 5e-3
+    budget: float = 1.0
     rotation: int = 120_000_000
     most_layers: int = 24
     step: int = 20
@@ -62,24 +75,34 @@ class Timing:
         return layers * -(-self.step // layers)
 
     def steps(self, shape: Shape) -> int:
-        """Of the inner loop."""
+        """Of a program."""
         call = max(shape.kv_bytes / self.rate, self.fewest)
         return max(1, round(self.inner / (call * self.calls(shape))))
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Seconds of a call, and by how much of it the median of the larger amounts took longer."""
+    """Seconds of a call, and how far they can be trusted.
+
+    Attributes:
+        seconds: of a call.
+        agreed: whether the three shortest times of either amount of work agree.
+        windows: of the larger amount of work.
+        clean: of these, within 1 % of the shortest.
+    """
 
     seconds: float
-    spread: float
+    agreed: bool
+    windows: int
+    clean: int
 
 
 def slope(run: Callable[[int], None], calls: int, timing: Timing) -> Measured:
     """Seconds of one of the `calls` that `run(n)` makes `n` times and waits for.
 
     From the shortest times of both amounts of work: what else the host does only ever adds. (The
-    median of slopes was off by 5 % while another process compiled.)
+    median of slopes was off by 5 % while another process compiled.) A device that was idle is
+    still raising its clock: the first runs are not counted.
     """
 
     def timed(n: int) -> float:
@@ -88,15 +111,26 @@ def slope(run: Callable[[int], None], calls: int, timing: Timing) -> Measured:
         return time.perf_counter() - began
 
     timed(1)
-    once = min(timed(1), timed(1))
-    more = 1 + max(1, min(64, math.ceil(timing.window / once)))
-    repeats = max(3, min(timing.repeats, int(0.6 / (once * (1 + more)))))
+    more = 1 + max(1, min(64, math.ceil(timing.window / min(timed(1), timed(1)))))
     for _ in range(4):
-        few, many = zip(*((timed(1), timed(more)) for _ in range(repeats)), strict=True)
+        for _ in range(3):
+            timed(more)
+        few: list[float] = []
+        many: list[float] = []
+        began, agreed = time.perf_counter(), False
+        while not agreed and len(many) < timing.repeats:
+            few.append(timed(1))
+            many.append(timed(more))
+            if len(many) < 3:
+                continue
+            allowed = timing.agree * (min(many) - min(few))
+            agreed = all(sorted(times)[2] - min(times) <= allowed for times in (few, many))
+            if time.perf_counter() - began > timing.budget:
+                break
         least = min(many) - min(few)
         if least > 0:
-            spread = (statistics.median(many) - min(many)) / least
-            return Measured(least / ((more - 1) * calls), spread)
+            clean = sum(t <= 1.01 * min(many) for t in many)
+            return Measured(least / ((more - 1) * calls), agreed, len(many), clean)
         more *= 4
     raise RuntimeError("the clock is too coarse or the machine too busy: no time can be told")
 
@@ -139,9 +173,16 @@ def reason(error: BaseException) -> str:
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
-def attend(implementation: str, q: jax.Array, cache: Cache, lengths: jax.Array) -> jax.Array:
-    """One call, `[B, 1, N, H]`."""
+def attend(
+    implementation: str | Tuning, q: jax.Array, cache: Cache, lengths: jax.Array
+) -> jax.Array:
+    """One call, `[B, 1, N, H]`; of a `Tuning`: our own kernel, cut so."""
     k, v, *scales = cache
+    if isinstance(implementation, Tuning):
+        k_scale, v_scale = scales or (None, None)
+        return _mosaic_gpu.decode_attention(
+            q, k, v, k_scale, v_scale, lengths, 0, q.shape[-1] ** -0.5, implementation
+        )
     if implementation == JAX_NN_XLA:
         if scales:
             raise ValueError("jax.nn takes no 8-bit cache")
@@ -154,8 +195,10 @@ def attend(implementation: str, q: jax.Array, cache: Cache, lengths: jax.Array) 
     return call(q, k, v, lengths, implementation=implementation, **given)
 
 
-def timed_program(implementation: str, steps: int, calls: int) -> Callable[..., Any]:
-    """`(q, caches, lengths, n) -> (output of one call, output of the last)`.
+def timed_program(
+    implementation: str | Tuning, steps: int, calls: int
+) -> Callable[[jax.Array, Sequence[Cache], jax.Array], jax.Array]:
+    """`(q, caches, lengths) -> output of the last call`.
 
     Layers' caches are arrays of their own, as models hold them, so that no implementation slices
     (and copies) a stack. The barrier keeps XLA from hoisting out of the loop what it does to a
@@ -164,16 +207,14 @@ def timed_program(implementation: str, steps: int, calls: int) -> Callable[..., 
     # Jitted, so that the layers trace and lower it once.
     call = jax.jit(lambda q, cache, lengths: attend(implementation, q, cache, lengths))
 
-    def program(q: jax.Array, caches: Sequence[Cache], lengths: jax.Array, n: jax.Array) -> Any:
+    def program(q: jax.Array, caches: Sequence[Cache], lengths: jax.Array) -> jax.Array:
         def step(_: Any, q: jax.Array) -> jax.Array:
             for i in range(calls):
                 q, cache = lax.optimization_barrier((q, caches[i % len(caches)]))
                 q = call(q, cache, lengths)
             return q
 
-        first = call(q, caches[0], lengths)
-        inner = lambda _, q: lax.fori_loop(0, steps, step, q)  # noqa: E731
-        return first, lax.fori_loop(jnp.int32(0), n, inner, first)
+        return lax.fori_loop(0, steps, step, q)
 
     return program
 
@@ -249,37 +290,53 @@ def compile_exact(shape: Shape) -> Any:
     return jax.jit(exact).lower(q, cache, lengths).compile()
 
 
-def compile_timed(shape: Shape, implementation: str, timing: Timing) -> Any:
-    """The compiled `timed_program`.
+class Programs(NamedTuple):
+    """Of one implementation, compiled: a call `(q, cache, lengths)`; `timed_program`, q donated."""
+
+    call: Any
+    timed: Any
+
+
+def compile_timed(shape: Shape, implementation: str | Tuning, timing: Timing) -> Programs:
+    """One call and the `timed_program`, compiled.
 
     Raises:
         ValueError: the implementation cannot take the shape, and why.
     """
     q, cache = structs(shape)
-    integers = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((shape.B,), ()))
+    lengths = jax.ShapeDtypeStruct((shape.B,), jnp.int32)
+    call = jax.jit(functools.partial(attend, implementation)).lower(q, cache, lengths).compile()
     program = timed_program(implementation, timing.steps(shape), timing.calls(shape))
-    return jax.jit(program).lower(q, (cache,) * timing.layers(shape), *integers).compile()
+    # What it writes takes the place of what it read: were every call's output elsewhere, XLA would
+    # have to bring its command buffers up to date each time.
+    donated = jax.jit(program, donate_argnums=0)
+    timed = donated.lower(q, (cache,) * timing.layers(shape), lengths).compile()
+    return Programs(call, timed)
 
 
 def measure(
-    compiled: Any, q: jax.Array, caches: Sequence[Cache], lengths: jax.Array, shape: Shape,
+    programs: Programs, q: jax.Array, caches: Sequence[Cache], lengths: jax.Array, shape: Shape,
     timing: Timing,
 ) -> tuple[np.ndarray, Callable[[], Measured]]:  # fmt: skip
     """The output of one call, `[B, N, H]` float32, and what times it."""
     caches = tuple(caches)
 
-    def run(n: int) -> None:
-        jax.block_until_ready(compiled(q, caches, lengths, np.int32(n)))
+    last = jnp.copy(q)
 
-    first, _ = compiled(q, caches, lengths, np.int32(0))
-    out = np.asarray(first).astype(np.float32)[:, 0]
+    def run(n: int) -> None:
+        nonlocal last
+        for _ in range(n):  # enqueued one after the other
+            last = programs.timed(last, caches, lengths)
+        jax.block_until_ready(last)
+
+    out = np.asarray(programs.call(q, caches[0], lengths)).astype(np.float32)[:, 0]
     calls = timing.steps(shape) * timing.calls(shape)
     return out, lambda: slope(run, calls, timing)
 
 
-def temporaries(compiled: Any) -> int:
-    """Bytes of scratch memory of a compiled program; 0 where it is not known."""
+def temporaries(programs: Programs) -> int:
+    """Bytes of scratch memory of the timed program; 0 where it is not known."""
     try:
-        return int(compiled.memory_analysis().temp_size_in_bytes)
+        return int(programs.timed.memory_analysis().temp_size_in_bytes)
     except Exception:  # not every backend tells
         return 0

@@ -7,7 +7,7 @@ batch, `S` cache length, `T` query length, `G` stacked KV layers, `N` query head
 
 from cla_kernels._cudnn import MOST_ROWS as CUDNN_MOST_ROWS
 from cla_kernels._mosaic_gpu import workspace_bytes as decode_workspace_bytes
-from cla_kernels._target import target_device
+from cla_kernels._target import gpu_obstacle, target_device
 from cla_kernels.decode_attention import (
     EIGHT_BIT,
     IMPLEMENTATIONS,
@@ -24,5 +24,6 @@ __all__ = [
     "choose_implementation",
     "decode_attention",
     "decode_workspace_bytes",
+    "gpu_obstacle",
     "target_device",
 ]

@@ -50,7 +50,10 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeS
 
 
 def workspace_bytes(query_heads: int, kv_heads: int, head_dim: int) -> int:
-    """What a call of one query a row holds beside inputs and result, whatever the batch."""
+    """What a call of one query a row holds beside inputs and result, whatever the batch.
+
+    Of `T` queries a row at most `T` times that.
+    """
     stretches = 2 * Tuning().parts(kv_heads) * kv_heads
     rows, columns = tile_rows(query_heads // kv_heads), tile_columns(head_dim)
     return stretches * rows * (columns + 2) * 4

@@ -8,9 +8,15 @@ import jax
 def target_device() -> Any:
     """A device of the mesh in force, which may be of another machine; else the default device.
 
+    That is `jax.config.jax_default_device` (`jax.default_device`) where it is set, else JAX's first
+    device. Where arrays were put by hand is not seen: those on the processor of a machine with a
+    GPU want `jax.default_device("cpu")`.
+
     Of a platform that this machine lacks, the mesh knows `platform` and `device_kind` alone.
     """
-    here = jax.devices()[0]
+    here: Any = jax.config.jax_default_device
+    if not hasattr(here, "platform"):  # none, or a platform's name
+        here = jax.devices(here)[0] if here else jax.devices()[0]
     mesh = jax.sharding.get_abstract_mesh()
     there = None if mesh.empty else mesh.abstract_device
     if there is None or there.platform == here.platform:

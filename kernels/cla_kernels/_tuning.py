@@ -1,8 +1,7 @@
 """How the work of the Mosaic GPU kernel is cut: a small measured table, and what fits.
 
-The table is by head dim and bytes of an element. To measure another cut, or another GPU: pass a
-`Tuning` to `cla_kernels._mosaic_gpu.decode_attention` and time it against the table's, as
-`kernels/benchmarks/decode_attention.py` does with `--only`; then change the table.
+The table is by head dim and bytes of an element. `kernels/benchmarks/tune_decode.py` times other
+cuts beside the table's, on this GPU or another, and says which is the best for each entry.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ MOST_ROWS = 64  # of queries to a KV head: T times query heads
 MOST_COLUMNS = 256
 REDUCTION_BYTES = 2048  # of shared memory, for each worker's reductions
 _SHARED_BYTES = 232_448 - REDUCTION_BYTES - 1024  # of a program; barriers take some
+_FEWEST_STAGES = 3
 _FEWEST_BUSY = 0.15  # of the units
 _MOST_JOINED = 16  # parts of a row: joining more takes longer than reading smaller tiles saves
 
@@ -31,6 +31,9 @@ class Tuning:
             a stretch of a KV head's order.
         on_device: false for the interpreter, which has no initial accumulators and no overlap of
             launches.
+
+    Raises:
+        ValueError: a number that the kernel cannot work with.
     """
 
     block: int = 64
@@ -38,6 +41,25 @@ class Tuning:
     workers: int = 1
     units: int = 132
     on_device: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block < TILE_KEYS or self.block % TILE_KEYS:
+            nearest = max(round(self.block / TILE_KEYS), 1) * TILE_KEYS
+            raise ValueError(
+                f"block {self.block}: expected a positive multiple of {TILE_KEYS}; the nearest is "
+                f"{nearest}"
+            )
+        if self.workers not in (1, 2):
+            raise ValueError(f"workers {self.workers}: expected 1 or 2")
+        if self.stages < _FEWEST_STAGES:
+            raise ValueError(f"stages {self.stages}: expected at least {_FEWEST_STAGES}")
+        if self.workers == 2 and self.stages % 4:
+            raise ValueError(
+                f"stages {self.stages}: with two workers expected a multiple of 4; the nearest is "
+                f"{(self.stages + 1) // 4 * 4}"
+            )
+        if self.units < 1:
+            raise ValueError(f"units {self.units}: expected at least 1")
 
     def parts(self, kv_heads: int) -> int:
         """Units of a KV head."""
@@ -57,6 +79,12 @@ _TUNED = (
         256: Tuning(block=64, stages=8, workers=2),
     },
 )
+
+
+def table_entry(head_dim: int, kv_dtype: jnp.dtype) -> tuple[int, Tuning]:
+    """The table's entry for such a cache: the most columns that it is for, and the cut."""
+    table = _TUNED[jnp.dtype(kv_dtype).itemsize == 1]
+    return next((most, cut) for most, cut in table.items() if head_dim <= most)
 
 
 def tile_rows(queries: int) -> int:
@@ -85,36 +113,46 @@ def tuned(
         kv_dtype: of the cache.
         row_heads: batch rows times KV heads.
         size: `S`, keys of each.
-        tuning: whose stages to fit; default by head dim and dtype.
+        tuning: to be made fit; default by head dim and dtype.
     """
     rows, columns = tile_rows(rows), tile_columns(head_dim)
     itemsize = jnp.dtype(kv_dtype).itemsize
     eight_bit = itemsize == 1
     if tuning is None:
-        tuning = next(t for most, t in _TUNED[eight_bit].items() if head_dim <= most)
+        _, tuning = table_entry(head_dim, kv_dtype)
         block = tuning.block
         tiles = -(-size // block)
         few = _FEWEST_BUSY * tuning.units
         while block > TILE_KEYS and row_heads * tiles < few and 2 * tiles <= _MOST_JOINED:
             block //= 2
             tiles = -(-size // block)
-        tuning = dataclasses.replace(
-            tuning, block=block, units=min(tuning.units, row_heads * tiles)
-        )
-    most = tuning.stages
+        units = max(min(tuning.units, row_heads * tiles), 1)
+        tuning = dataclasses.replace(tuning, block=block, units=units)
     # Two have fewer registers each.
     workers = tuning.workers if rows * columns <= 32 * 128 else 1
     # Scores and sums of values of a tile lie in registers.
-    block = max(min(tuning.block, (8192 if columns < 256 else 4096) // rows), TILE_KEYS)
+    block, most = tuning.block, (8192 if columns < 256 else 4096) // rows
+    while block > most and block > TILE_KEYS:
+        block = _half(block)
     while True:
         fixed = (3 if eight_bit else 2) * rows * columns * 2  # queries, and results of another type
         fixed += workers * (rows * block * 2 + block * columns * 2 * eight_bit)
         if workers > 1:  # for what they merge, and the second's reductions
             fixed += rows * (columns + 2) * 4 + 2 * REDUCTION_BYTES
         tile = block * columns * itemsize + block * 4 * eight_bit
-        stages = min(most, (_SHARED_BYTES - fixed) // tile)
+        stages = min(tuning.stages, (_SHARED_BYTES - fixed) // tile)
         if workers > 1:
             stages = stages // 4 * 4
-        if stages >= 3 or block == TILE_KEYS:
+        if stages >= _FEWEST_STAGES:
             return dataclasses.replace(tuning, block=block, stages=stages, workers=workers)
-        block //= 2
+        if block > TILE_KEYS:
+            block = _half(block)
+        elif workers > 1:
+            workers = 1
+        else:
+            raise ValueError(f"{rows} rows of {columns} columns do not fit in shared memory")
+
+
+def _half(block: int) -> int:
+    """Of its tiles of wgmma."""
+    return block // TILE_KEYS // 2 * TILE_KEYS

@@ -51,8 +51,9 @@ def decode_attention(
     end). A length may exceed `S`, where the last queries are padding; a query that sees no key
     gives zeros. Keys are already rotated. Query head `n` reads KV head `n // (N // K)`.
 
-    What lies in a row's cache behind its length is not seen, but must be finite, scales included; a
-    key that is not finite may spoil the row's other heads.
+    What lies in a row's cache behind its length is not seen. `mosaic_gpu` never lets it into a
+    product: it may be anything, NaN included. The other implementations multiply it by zero: it
+    must be finite, scales included, and a key that is not finite may spoil the row's other heads.
 
     Works under `jax.jit`, `jax.vmap` and in a scan over layers.
 
@@ -65,7 +66,9 @@ def decode_attention(
         k_scale: of an 8-bit cache, float32 `[G, B, K, S]`: a token's key in a KV head is `k` times
             its scale.
         v_scale: likewise of the values.
-        layer: which of the `G` layers; a Python int or a traced int32 scalar.
+        layer: which of the `G` layers; a Python int or a traced int32 scalar. A traced one outside
+            the stack is not noticed: `mosaic_gpu` reads zeros there, the others the nearest layer
+            (a negative one counts from the end).
         scale: of the scores; default `H ** -0.5`.
         implementation: one of `IMPLEMENTATIONS`; default `choose_implementation`'s.
 

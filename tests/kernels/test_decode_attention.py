@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -336,6 +337,21 @@ def test_without_a_gpu_xla_is_chosen_and_cudnn_refused():
         np.asarray(decode_attention(q, k, v, lengths), np.float32),
         np.asarray(decode_attention(q, k, v, lengths, implementation="xla"), np.float32),
     )
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the GPU here is a fake one")
+def test_the_default_device_counts_rather_than_the_first(monkeypatch):
+    """As on a machine with a GPU, whose owner wants this call on the processor."""
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    real = jax.devices
+    monkeypatch.setattr(jax, "devices", lambda name=None: real(name) if name else [gpu])
+    q, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 1, 16, 128), (1, 8, 1024, 1, 128)))
+    assert choose_implementation(q, k)[0] == "mosaic_gpu"
+    for default in ("cpu", real()[1]):
+        with jax.default_device(default):
+            taken, reason = choose_implementation(q, k)
+        assert taken == "xla"
+        assert "cpu is no NVIDIA GPU" in reason
 
 
 @pytest.mark.gpu

@@ -1,16 +1,18 @@
 """The Mosaic GPU kernel without a GPU: interpreted, with race detection, and lowered for CUDA."""
 
 import dataclasses
+import faulthandler
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cla_kernels import EIGHT_BIT
+from cla_kernels import EIGHT_BIT, decode_attention
 from cla_kernels import _mosaic_gpu as mosaic
 from cla_kernels._schedule import schedule
-from cla_kernels._tuning import Tuning
+from cla_kernels._tuning import Tuning, tuned
 from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
@@ -52,13 +54,37 @@ TWO_WORKERS = dataclasses.replace(SMALL, stages=4, workers=2)
 INTERPRETED["two workers"] = (
     Shape(B=3, T=2, N=4, K=2, H=64, S=456, G=1), [70, 456, 200], TWO_WORKERS,
 )  # fmt: skip
-EIGHT_BIT_INTERPRETED = (
-    Shape(B=3, T=2, N=4, K=2, H=64, S=136, G=2), [130, 1, 137], TWO_WORKERS,
+INTERPRETED["more queries than a tile, two workers"] = (
+    Shape(B=2, T=3, N=32, K=1, H=64, S=200, G=1), [200, 2], TWO_WORKERS,
 )  # fmt: skip
+EIGHT_BIT_INTERPRETED = [
+    ("int8", (Shape(B=3, T=2, N=4, K=2, H=64, S=136, G=2), [130, 1, 137], TWO_WORKERS)),
+    ("float8_e4m3fn", (Shape(B=3, T=2, N=4, K=2, H=64, S=136, G=2), [130, 1, 137], TWO_WORKERS)),
+    ("int8", (  # tiles that are widened in two pieces
+        Shape(B=2, T=1, N=4, K=1, H=64, S=392, G=2), [385, 190],
+        dataclasses.replace(TWO_WORKERS, block=128),
+    )),
+]  # fmt: skip
+HANGS = 300.0  # seconds
+
+
+@pytest.fixture
+def watched(capfd):
+    """An interpreter that hangs ends the process, and says where every thread is."""
+    with capfd.disabled():
+        faulthandler.dump_traceback_later(HANGS, exit=True, file=2)
+        yield
+        faulthandler.cancel_dump_traceback_later()
 
 
 def interpreted(q, k, v, lengths, layer, tuning, k_scale=None, v_scale=None):
-    """The kernel's result, under race detection."""
+    """The kernel's result, under race detection.
+
+    The warpgroups of a unit are threads that wait for one another, out of XLA's pool for
+    processors. With conftest.py's eight fake devices it has enough of them; with one device, on a
+    machine of two cores, three warpgroups wait for ever.
+    """
+    assert len(jax.devices("cpu")) >= 8, "expected --xla_force_host_platform_device_count=8"
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = mosaic.decode_attention(
             q, k, v, k_scale, v_scale, jnp.array(lengths, jnp.int32), layer, q.shape[-1] ** -0.5,
@@ -68,6 +94,7 @@ def interpreted(q, k, v, lengths, layer, tuning, k_scale=None, v_scale=None):
     return np.asarray(found.astype(jnp.float32), np.float64)
 
 
+@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "tile edges")) for n in INTERPRETED]
 )
@@ -84,9 +111,12 @@ def test_interpreted_it_is_softmax_attention_without_races(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-def test_interpreted_it_reads_8_bit_caches_without_races(dtype: str):
-    shape, lengths, tuning = EIGHT_BIT_INTERPRETED
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize(("dtype", "case"), EIGHT_BIT_INTERPRETED)
+def test_interpreted_it_reads_8_bit_caches_without_races(
+    dtype: str, case: tuple[Shape, list[int], Tuning]
+):
+    shape, lengths, tuning = case
     q, k, v = inputs(shape, "bfloat16", dtype)
     of_cache = scales(shape, dtype)
     expected = softmax_attention(q, k, v, lengths, 1, **of_cache)
@@ -122,15 +152,164 @@ def test_every_configuration_lowers_for_cuda(
     head_dim: int, q_dtype: str, kv_dtype: str, queries: int, heads: int
 ):
     shape = Shape(B=3, T=queries, N=heads, K=1, H=head_dim, S=1024, G=2)
-    q, k, v = jax.eval_shape(lambda: inputs(shape, q_dtype, kv_dtype))
-    of_cache = jax.eval_shape(lambda: scales(shape, kv_dtype))
-    lengths = jax.ShapeDtypeStruct((shape.B,), jnp.int32)
+    assert "mosaic_gpu" in lowered(shape, q_dtype, kv_dtype)
 
-    def call(q: Any, k: Any, v: Any, lengths: Any, k_scale: Any = None, v_scale: Any = None) -> Any:
-        return mosaic.decode_attention(q, k, v, k_scale, v_scale, lengths, 1, 0.1)
 
-    traced = jax.jit(call).trace(q, k, v, lengths, **of_cache)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+def lowered(
+    shape: Shape, q_dtype: str = "bfloat16", kv_dtype: str = "bfloat16", scan: bool = False
+) -> str:
+    """Of one call for CUDA, or of one in a scan over layers."""
+    array = jax.ShapeDtypeStruct
+    cache = array((shape.G, shape.B, shape.S, shape.K, shape.H), kv_dtype)
+    scale = array((shape.G, shape.B, shape.K, shape.S), jnp.float32)
+    given = (scale, scale) if kv_dtype in EIGHT_BIT else ()
+    q, lengths = array((shape.B, shape.T, shape.N, shape.H), q_dtype), array((shape.B,), jnp.int32)
+
+    def call(layer: Any, q: Any, k: Any, v: Any, lengths: Any, *scales: Any) -> jax.Array:
+        k_scale, v_scale = scales or (None, None)
+        return mosaic.decode_attention(q, k, v, k_scale, v_scale, lengths, layer, 0.1)
+
+    def run(q: Any, k: Any, v: Any, lengths: Any, *scales: Any) -> jax.Array:
+        if not scan:
+            return call(shape.G - 1, q, k, v, lengths, *scales)
+
+        def step(_: None, layer: jax.Array) -> tuple[None, jax.Array]:
+            return None, call(layer, q, k, v, lengths, *scales)
+
+        return jax.lax.scan(step, None, jnp.arange(shape.G, dtype=jnp.int32))[1]
+
+    traced = jax.jit(run).trace(q, cache, cache, lengths, *given)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+# What the number of parts, rows and heads decides: how results are joined, how small tiles are.
+CUT = {
+    "so many parts to a row that warpgroups share them": Shape(1, 1, 16, 1, 128, 131072, 1),
+    "the same of fewer units": Shape(1, 1, 4, 1, 64, 8192, 1),
+    "of eight KV heads": Shape(1, 1, 32, 8, 128, 4096, 1),
+    "rows of queries joined together": Shape(64, 1, 32, 4, 128, 4096, 1),
+    "few heads, joined together": Shape(64, 1, 2, 2, 64, 4096, 1),
+    "smaller tiles for few rows": Shape(1, 1, 8, 4, 64, 512, 1),
+    "the smallest, of wide heads": Shape(1, 1, 16, 1, 256, 512, 1),
+    "so many queries that tiles are smaller": Shape(64, 1, 40, 1, 64, 1024, 1),
+    "and of wide heads": Shape(64, 1, 48, 1, 256, 1024, 1),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_every_way_to_cut_the_work_lowers_for_cuda(name: str):
+    assert "mosaic_gpu" in lowered(CUT[name])
+
+
+def test_8_bit_caches_of_one_row_lower_for_cuda():
+    assert "mosaic_gpu" in lowered(CUT["the same of fewer units"], kv_dtype="int8")
+
+
+def test_a_barrier_keeps_the_result_in_place_apart_from_a_loop_that_stacks_it():
+    """Without it XLA forgets that the second kernel writes in place: see `combine`."""
+    text = lowered(Shape(B=2, T=1, N=16, K=1, H=64, S=1024, G=3), scan=True)
+    calls = list(re.finditer(r"(%\w+)(?::\d+)? = stablehlo.custom_call @mosaic_gpu", text))
+    assert len(calls) == 2
+    function = text[calls[1].end() :].split("\n  func.func")[0]
+    used = re.findall(rf"(\S+) {calls[1][1]}\b", function)
+    assert used == ["stablehlo.optimization_barrier"]
+
+
+@pytest.mark.gpu
+def test_the_schedule_is_there_when_it_is_read():
+    """Two hundred calls of other lengths: each is cut right before the kernels that read it."""
+    shape = Shape(B=4, T=1, N=16, K=1, H=128, S=1024, G=1)
+    q, k, v = inputs(shape, "bfloat16", "bfloat16")
+    lengths = np.random.default_rng(3).integers(0, shape.S + 1, (200, shape.B))
+    lengths[::7] = lengths[::7, :1]  # some as long as one another
+
+    def loop(implementation: Any, q: Any, k: Any, v: Any) -> jax.Array:
+        def step(_: None, lengths: jax.Array) -> tuple[None, jax.Array]:
+            return None, decode_attention(q, k, v, lengths, implementation=implementation)
+
+        return jax.lax.scan(step, None, jnp.asarray(lengths, jnp.int32))[1]
+
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(lambda *a: loop("xla", *a))(*(a.astype(jnp.float32) for a in (q, k, v)))
+    run = jax.jit(lambda *a: loop("mosaic_gpu", *a))
+    for _ in range(3):
+        found = run(q, k, v).astype(jnp.float32)
+        wrong = jnp.linalg.norm((found - expected).reshape(200, -1), axis=1)
+        assert (wrong <= 3e-3 * jnp.linalg.norm(expected.reshape(200, -1), axis=1)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(16, 1), (32, 8)])
+def test_command_buffers_change_nothing(heads: tuple[int, int]):
+    shape = Shape(B=8, T=1, N=heads[0], K=heads[1], H=128, S=2048, G=4)
+    q, k, v = inputs(shape, "bfloat16", "bfloat16")
+    lengths = jnp.asarray([0, 1, 2048, 777, 128, 129, 2000, 64], jnp.int32)
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+        for layer in range(shape.G):
+            q = decode_attention(q, k, v, lengths, layer=layer, implementation="mosaic_gpu")
+        return q
+
+    program = jax.jit(step).lower(q, k, v, lengths)
+    key = "xla_gpu_enable_command_buffer"
+    found = []
+    for options in ({}, {key: ""}, {key: "FUSION,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1}):
+        compiled = program.compile(compiler_options=options)
+        for _ in range(3):  # the first run records
+            found.append(np.asarray(compiled(q, k, v, lengths).astype(jnp.float32)))
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["so many queries that tiles are smaller", "and of wide heads"])
+def test_more_than_32_query_heads_on_a_gpu(name: str):
+    shape = dataclasses.replace(CUT[name], B=20)
+    q, k, v = inputs(shape, "bfloat16", "bfloat16")
+    lengths = [1000 - 50 * row for row in range(shape.B)]
+    found = decode_attention(q, k, v, jnp.array(lengths, jnp.int32), implementation="mosaic_gpu")
+    expected = softmax_attention(q, k, v, lengths, 0)
+    found = np.asarray(found.astype(jnp.float32), np.float64)
+    assert np.linalg.norm(found - expected) <= 3e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": 96}, "block 96: expected a positive multiple of 64; the nearest is 128"),
+        ({"block": 0}, "block 0: .*the nearest is 64"),
+        ({"workers": 3}, "workers 3: expected 1 or 2"),
+        ({"stages": 2}, "stages 2: expected at least 3"),
+        ({"stages": 6, "workers": 2}, "stages 6: .*a multiple of 4; the nearest is 4"),
+        ({"stages": 3, "workers": 2}, "stages 3: .*a multiple of 4; the nearest is 4"),
+        ({"units": 0}, "units 0: expected at least 1"),
+    ],
+)
+def test_a_cut_that_cannot_work_is_refused(change: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        Tuning(**change)
+
+
+@given(
+    st.integers(1, 64), st.integers(32, 256), st.sampled_from(["bfloat16", "float16", *EIGHT_BIT]),
+    st.integers(1, 4096), st.integers(1, 200_000),
+    st.none() | st.builds(
+        Tuning, block=st.sampled_from([64, 128, 192, 256, 512]), stages=st.sampled_from([4, 8, 12]),
+        workers=st.integers(1, 2),
+    ),
+)  # fmt: skip
+def test_whatever_is_asked_the_cut_can_work(
+    rows: int, head_dim: int, dtype: str, row_heads: int, size: int, asked: Tuning | None
+):
+    kv_dtype = jnp.dtype(dtype)
+    cut = tuned(rows, head_dim, kv_dtype, row_heads, size, asked)  # a `Tuning` checks itself
+    assert cut.units <= 132
+    # What a program holds: tiles, queries, weights.
+    columns, itemsize = -(-head_dim // 64) * 64, kv_dtype.itemsize
+    held = cut.stages * cut.block * columns * itemsize
+    held += 2 * (rows * columns * 2) + cut.workers * rows * cut.block * 2
+    assert held < 227 * 1024
+    assert tuned(rows, head_dim, kv_dtype, row_heads, size, cut) == cut
 
 
 @given(
