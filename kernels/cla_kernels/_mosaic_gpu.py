@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from cla_kernels._combine import combine, cut_rows
-from cla_kernels._partial import Cached, partial_attention
+from cla_kernels._partial import partial_attention
 from cla_kernels._schedule import schedule
+from cla_kernels._shared import Cached
 from cla_kernels._target import gpu_obstacle, target_device
 from cla_kernels._tuning import (
     MOST_COLUMNS,
     MOST_ROWS,
     Tuning,
+    through_registers,
     tile_columns,
     tile_rows,
     tuned,
@@ -41,7 +43,7 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeS
         return f"a cache of {S} tokens is no multiple of 8"
     if not 32 <= H <= MOST_COLUMNS:
         return f"head dim {H} is not from 32 to {MOST_COLUMNS}"
-    step = 16 if H > 64 or eight_bit else 8
+    step = 16 if eight_bit else 8
     if H % step:
         return f"head dim {H} is no multiple of {step}"
     if N // K > MOST_ROWS:
@@ -108,6 +110,8 @@ def _attend(
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding), (0, 0)))
     if cached.k_scale is not None:
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
+    elif through_registers(H, cached.k.dtype):  # K is padded as it is loaded
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, tile_columns(H) - H)))
     tuning = tuned(T * heads, H, cached.k.dtype, B * K, S, tuning)
     plan = schedule(lengths, tuning.parts(K), S, tuning)
     cut = cut_rows(B, K, T * heads, tile_columns(H), tuning)

@@ -97,6 +97,14 @@ def tile_columns(head_dim: int) -> int:
     return -(-head_dim // TILE_KEYS) * TILE_KEYS
 
 
+def through_registers(head_dim: int, kv_dtype: jnp.dtype) -> bool:
+    """Whether tiles of K/V are not multiplied from where they were loaded.
+
+    8 bits are widened; and wide heads that no 16 divides cannot be swizzled as they are loaded.
+    """
+    return jnp.dtype(kv_dtype).itemsize == 1 or (head_dim > TILE_KEYS and head_dim % 16 != 0)
+
+
 def tuned(
     rows: int,
     head_dim: int,
@@ -117,7 +125,7 @@ def tuned(
     """
     rows, columns = tile_rows(rows), tile_columns(head_dim)
     itemsize = jnp.dtype(kv_dtype).itemsize
-    eight_bit = itemsize == 1
+    eight_bit, copied = itemsize == 1, through_registers(head_dim, kv_dtype)
     if tuning is None:
         _, tuning = table_entry(head_dim, kv_dtype)
         block = tuning.block
@@ -136,7 +144,7 @@ def tuned(
         block = _half(block)
     while True:
         fixed = (3 if eight_bit else 2) * rows * columns * 2  # queries, and results of another type
-        fixed += workers * (rows * block * 2 + block * columns * 2 * eight_bit)
+        fixed += workers * (rows * block * 2 + block * columns * 2 * copied)
         if workers > 1:  # for what they merge, and the second's reductions
             fixed += rows * (columns + 2) * 4 + 2 * REDUCTION_BYTES
         tile = block * columns * itemsize + block * 4 * eight_bit

@@ -44,6 +44,8 @@ SHAPES = [
     Shape(B=5, T=7, N=2, K=1, H=8, S=4, G=2),  # more queries than room
     Shape(B=5, T=5, N=6, K=2, H=64, S=200, G=2),  # several tiles, causal across their edge
     Shape(B=2, T=2, N=8, K=1, H=256, S=72, G=1),
+    Shape(B=3, T=2, N=6, K=2, H=72, S=200, G=2),  # a head dim that no 16 divides
+    Shape(B=2, T=1, N=16, K=1, H=248, S=136, G=1),  # another
     Shape(B=3, T=8, N=48, K=2, H=80, S=136, G=1),  # more queries to a KV head than a tile has
 ]
 # (queries, cache), and the error of the largest entry that is left to them. Measured on CPU:

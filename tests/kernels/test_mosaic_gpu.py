@@ -47,6 +47,9 @@ INTERPRETED = {
         Shape(B=3, T=1, N=4, K=2, H=64, S=456, G=1), [70, 456, 200],
         dataclasses.replace(SMALL, units=8),
     ),
+    "a head dim that no 16 divides": (
+        Shape(B=2, T=2, N=3, K=2, H=72, S=136, G=1), [70, 136], SMALL,
+    ),
     "a head dim that is padded": (Shape(B=2, T=1, N=3, K=1, H=96, S=136, G=1), [70, 136], SMALL),
     "more queries than a tile": (Shape(B=2, T=3, N=32, K=1, H=64, S=72, G=1), [72, 2], SMALL),
 }  # fmt: skip
@@ -131,7 +134,7 @@ def test_interpreted_it_reads_8_bit_caches_without_races(
 # Of every entry of the tuning table, and what each lets grow: rows of queries, padded head dims.
 LOWERED = [
     (head_dim, q_dtype, kv_dtype, queries, heads)
-    for head_dim in (32, 40, 64, 80, 96, 128, 192, 256)
+    for head_dim in (32, 40, 64, 72, 80, 96, 128, 192, 200, 248, 256)
     for q_dtype, kv_dtype in (
         ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "int8"),
         ("bfloat16", "float8_e4m3fn"),
