@@ -15,11 +15,11 @@ from cla_kernels._tuning import Tuning, tile_rows
 
 _NOTHING = -1e30  # the largest score of a stretch in which nothing is visible
 _THREADS = 128  # of a warpgroup
-_AHEAD = 8  # loads in flight: of more, the code itself would take longer to load
+_AHEAD = 17  # loads in flight: where several rows share 132 units, most take two turns
 _TILE = plgpu.Layout.WGMMA
 _TILE_PARTS = 64  # which a tile in this layout has at least
 _TILE_COLUMNS = 64
-_FEW = 16  # parts of a row, as far as they are joined one after the other
+_FEW = 40  # parts of a row, as far as they are joined one after the other
 
 
 class Cut(NamedTuple):

@@ -18,6 +18,7 @@ from cla_kernels._target import gpu_obstacle, target_device
 from cla_kernels._tuning import (
     MOST_COLUMNS,
     MOST_ROWS,
+    TILE_KEYS,
     Tuning,
     through_registers,
     tile_columns,
@@ -48,6 +49,21 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeS
         return f"head dim {H} is no multiple of {step}"
     if N // K > MOST_ROWS:
         return f"{N // K} query heads to a KV head are more than {MOST_ROWS}"
+    return ""
+
+
+def slower(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Why others, where they can, take less time than this kernel, which can; empty if they do not.
+
+    Measured: docs/results.md.
+    """
+    H = q.shape[-1]
+    if q.dtype != k.dtype or H <= TILE_KEYS:
+        return ""
+    if H % 16:
+        return f"head dim {H} is loaded in pieces of 16 bytes"
+    if H < 128 and H % 32 and q.shape[1] == 1:
+        return f"head dim {H} is loaded in pieces of 32 bytes"
     return ""
 
 

@@ -118,7 +118,7 @@ def choose_implementation(
         q: queries `[B, T, N, H]`, or their shape and dtype.
         k: cached keys `[G, B, S, K, H]`, or their shape and dtype.
     """
-    if not (mosaic := _mosaic_gpu.obstacle(q, k)):
+    if not (mosaic := _mosaic_gpu.obstacle(q, k) or _mosaic_gpu.slower(q, k)):
         return "mosaic_gpu", "our own kernel: a Hopper GPU, and shapes and dtypes that it takes"
     if not (cudnn := _cudnn.obstacle(q, k)):
         return "cudnn", f"not Mosaic GPU: {mosaic}"

@@ -37,11 +37,11 @@ INTERPRETED = {
     ),
     "many units to a row": (
         Shape(B=1, T=1, N=2, K=1, H=64, S=1024, G=1), [1000],
-        dataclasses.replace(SMALL, units=33),
+        dataclasses.replace(SMALL, units=41),
     ),
     "many units to a row, which another began": (
         Shape(B=2, T=1, N=3, K=1, H=128, S=1600, G=1), [1000, 1590],
-        dataclasses.replace(SMALL, units=34),
+        dataclasses.replace(SMALL, units=82),
     ),
     "rows shared by parts of two heads": (
         Shape(B=3, T=1, N=4, K=2, H=64, S=456, G=1), [70, 456, 200],
