@@ -40,7 +40,7 @@ INTERPRETED = {
         dataclasses.replace(SMALL, units=41),
     ),
     "many units to a row, which another began": (
-        Shape(B=2, T=1, N=3, K=1, H=128, S=1600, G=1), [1000, 1590],
+        Shape(B=2, T=1, N=3, K=1, H=64, S=3200, G=1), [3130, 3190],  # 49 blocks, two a unit
         dataclasses.replace(SMALL, units=82),
     ),
     "rows shared by parts of two heads": (
