@@ -14,7 +14,9 @@ import numpy as np
 
 from cla_jax.configs import CacheDtype, ComputeDtype, ExecutionConfig, MeshConfig, ModelConfig
 from cla_jax.conversion import load_huggingface
+from cla_jax.conversion.hf_keys import note_of_unknown
 from cla_jax.conversion.huggingface import load_config
+from cla_jax.conversion.layouts import family
 from cla_jax.conversion.safetensors_io import find_tensors, holds_weights, read_json_object
 from cla_jax.data.prepared import read_tokenizer
 from cla_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, tokenizer_at
@@ -299,6 +301,8 @@ def _load_huggingface(
 ) -> TextModel:
     # Before any tensor is read: the tokenizer may be refused.
     config, values = load_config(directory)
+    if note := note_of_unknown(values, family(config)):
+        print(f"{directory}: {note}", file=sys.stderr)
     find_tensors(directory)
     ends = values.get("eos_token_id")
     end = ends[0] if isinstance(ends, list) and ends else ends

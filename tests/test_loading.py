@@ -136,6 +136,15 @@ def test_a_hugging_face_directory_writes_what_the_run_writes(run, model, exporte
     assert text == model.generate(PROMPT, max_new_tokens=8).text
 
 
+def test_entries_that_are_not_known_are_told(exported, capsys):
+    load(exported, tokenizer="bytes")
+    assert "not known here" not in capsys.readouterr().err
+    (exported / "checksums.json").unlink()
+    edit(exported / "config.json", clip_qkv=8.0)
+    load(exported, tokenizer="bytes")
+    assert "what they change is lost: clip_qkv=8.0" in capsys.readouterr().err
+
+
 def test_its_config_says_which_token_ends_a_document(exported, tmp_path):
     own = word_tokenizer()  # whose <end> is none of the usual names
     (exported / "tokenizer.json").write_bytes(own.data)

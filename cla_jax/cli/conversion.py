@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from cla_jax.configs import ModelConfig
 
-_WIDEST = 40  # characters of an entry of config.json that a note shows
 _ROWS = ("parameters", "ffn_dim", "kv_layers", "kv_heads", "kv_bytes_per_token")
 
 
@@ -48,7 +46,7 @@ class Convert:
     def run(self) -> None:
         """Convert it."""
         from cla_jax import conversion
-        from cla_jax.conversion.hf_keys import unknown_entries
+        from cla_jax.conversion.hf_keys import note_of_unknown
         from cla_jax.conversion.huggingface import load_config
         from cla_jax.conversion.layouts import family
         from cla_jax.data.files import check_free
@@ -70,16 +68,9 @@ class Convert:
         with _sigterm_interrupts():
             conversion.save_huggingface(converted, self.out)
         Console().print(_table(source, config))
-        if unknown := unknown_entries(values, family(source)):
-            entries = ", ".join(f"{key}={_short(value)}" for key, value in unknown.items())
-            print(f"note: config.json has entries that are not known here and were passed over; "
-                  f"what they change is lost: {entries}")  # fmt: skip
+        if note := note_of_unknown(values, family(source)):
+            print(note)
         print(f"wrote {self.out}")
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}..."
 
 
 class _Stopped(KeyboardInterrupt):

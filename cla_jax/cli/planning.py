@@ -218,6 +218,8 @@ def _mesh_table(plans: "list[MeshPlan]") -> Table:
         if plan.memory and plan.total:
             share = f"{plan.total / plan.memory:.0%} {share}"
         sent = ", ".join(f"{axis} {format_size(count)}" for axis, count in plan.sent.items())
+        if not plan.counted:  # XLA does not tell how often some loop runs
+            sent = f"at least {sent}"
         table.add_row(
             plan.program,
             *("" if size is None else format_size(size) for size in sizes),

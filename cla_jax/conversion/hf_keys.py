@@ -3,11 +3,14 @@
 What is none of these may change what a model computes, and is to be told.
 """
 
+import json
 from typing import Any
 
 from cla_jax.conversion.layouts import GPT_NEOX, LLAMA
 
-__all__ = ["WHY", "off_values", "unknown_entries"]
+__all__ = ["WHY", "note_of_unknown", "off_values", "unknown_entries"]
+
+_WIDEST = 40  # characters of a value that a note shows
 
 # Settings that change what a model computes and that ours has nothing for, with the values that
 # switch them off.
@@ -90,3 +93,25 @@ def unknown_entries(values: dict[str, Any], family: str) -> dict[str, Any]:
         for key, value in sorted(values.items())
         if key not in known and value is not None and value not in ([], {}, "")
     }
+
+
+def note_of_unknown(values: dict[str, Any], family: str) -> str:
+    """A line that names the unknown entries, with their values; empty if there are none.
+
+    Args:
+        values: the file's.
+        family: `llama` or `gpt_neox`.
+    """
+    unknown = unknown_entries(values, family)
+    if not unknown:
+        return ""
+    entries = ", ".join(f"{key}={_short(value)}" for key, value in unknown.items())
+    return (
+        "note: config.json has entries that are not known here and were passed over; "
+        f"what they change is lost: {entries}"
+    )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}..."

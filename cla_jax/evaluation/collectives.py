@@ -41,6 +41,8 @@ class Collective:
         group: devices of a group; of a permutation 2.
         bytes: of the whole array, one device's group's: what an all-gather returns.
         times: how often a run of the program does it.
+        counted: whether that is known; if not it is so often at least, in a loop whose turns
+            cannot be told.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Collective:
     group: int
     bytes: int
     times: int
+    counted: bool = True
 
     @property
     def sent(self) -> int:
@@ -82,7 +85,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
         one.name for name, program in programs.items() if name.startswith(_FUSED) for one in program
     }
     found = dict[Any, Collective]()
-    for number, (one, times) in enumerate(_walk(programs, entry, 1)):
+    for number, (one, times, counted) in enumerate(_walk(programs, entry, 1, True)):
         kind = one.operation.removesuffix("-start")
         if kind not in _KINDS:
             continue
@@ -91,7 +94,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
             continue
         size = _bytes(one, kind, group)
         kind = "reduce-scatter" if one.name in scattered else kind
-        collective = Collective(kind, axes, group, size, times)
+        collective = Collective(kind, axes, group, size, times, counted)
         channel, groups = re.search(r"channel_id=(\d+)", one.rest), _GROUPS.search(one.rest)
         # A permutation and its transpose, in the backward pass, share one too: not the groups.
         key = (channel[1], groups and groups["groups"]) if channel else number
@@ -177,21 +180,23 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _walk(
-    programs: dict[str, list[_Instruction]], name: str, times: int
-) -> Iterator[tuple[_Instruction, int]]:
-    """Every instruction that is run, with how often."""
+    programs: dict[str, list[_Instruction]], name: str, times: int, counted: bool
+) -> Iterator[tuple[_Instruction, int, bool]]:
+    """Every instruction that is run, with how often, and whether that is known."""
     for one in programs.get(name, []):
-        yield one, times
-        inner = times * (_trips(programs, one) if one.operation == "while" else 1)
+        yield one, times, counted
+        trips = _trips(programs, one) if one.operation == "while" else 1
+        known = counted and trips is not None
+        inner = times * (1 if trips is None else trips)
         called = _CALLED.findall(one.rest)
         for branches in _BRANCHES.findall(one.rest):
             called += re.findall(r"[\w.\-]+", branches)
         for other in called:
-            yield from _walk(programs, other, inner)
+            yield from _walk(programs, other, inner, known)
 
 
-def _trips(programs: dict[str, list[_Instruction]], loop: _Instruction) -> int:
-    """How often a loop runs: XLA says, or it counts from 0 to a constant."""
+def _trips(programs: dict[str, list[_Instruction]], loop: _Instruction) -> int | None:
+    """How often a loop runs: XLA says, or it counts from 0 to a constant; None: not to be told."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition, body = (
@@ -202,7 +207,7 @@ def _trips(programs: dict[str, list[_Instruction]], loop: _Instruction) -> int:
     )
     limits = _constants(condition)
     if len(limits) != 1:
-        return 1
+        return None
     (limit,) = limits.values()
     step, counts = 1, _constants(body)
     root = next((i for i in body if i.root), None)

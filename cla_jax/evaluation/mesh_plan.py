@@ -84,6 +84,7 @@ class MeshPlan:
         memory: that the device has; None for a CPU.
         fits: whether XLA could place it all; on a CPU it always can.
         sent: bytes that a device sends in one run, by mesh axis, in rings.
+        counted: whether these are all; if not, XLA does not tell how often some loop runs.
     """
 
     model: str
@@ -100,6 +101,7 @@ class MeshPlan:
     memory: int | None
     fits: bool
     sent: dict[str, int]
+    counted: bool = True
 
 
 def plan_mesh(
@@ -231,4 +233,5 @@ def _measured(compile_: Callable[[], jax.stages.Compiled], layout: Layout) -> di
         "total": arguments + temporaries + results + held.generated_code_size_in_bytes,
         "fits": True,
         "sent": bytes_by_axis(found),
+        "counted": all(one.counted for one in found),
     }

@@ -90,6 +90,23 @@ def test_what_shares_a_channel_is_one_where_the_groups_are_alike():
     assert bytes_by_axis(collectives(hlo, MESH)) == {"data": 2 * 256}
 
 
+def test_a_loop_whose_turns_cannot_be_told_is_counted_once_and_says_so():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def until(x):
+        return jax.lax.while_loop(
+            lambda x: x.sum() < 100.0, lambda x: x + x.mean(0, keepdims=True), x
+        )
+
+    rows = jax.ShapeDtypeStruct(
+        (8, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    program = jax.jit(until, out_shardings=rows.sharding).lower(rows).compile()
+    found = collectives(program.as_text() or "", {"data": 8})
+    assert found
+    assert not any(one.counted for one in found)
+
+
 def test_traffic_of_a_program_that_is_known():
     """Seven products with a matrix that lies in eighths are seven all-gathers."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -105,6 +122,7 @@ def test_traffic_of_a_program_that_is_known():
     program = jax.jit(products, out_shardings=rows.sharding).lower(rows, stack).compile()
     found = collectives(program.as_text() or "", {"fsdp": 8})
     assert bytes_by_axis(found) == {"fsdp": 7 * 64 * 64 * 4 * 7 // 8}
+    assert all(one.counted for one in found)
 
 
 @pytest.mark.standard_dtype_promotion
