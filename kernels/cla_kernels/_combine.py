@@ -89,14 +89,14 @@ def combine(
     sums = sums.reshape(-1, K, 2, all_rows, columns)
     statistics = statistics.reshape(-1, K, 2, 2, all_rows)
     if cut.spare:
+        join, shape = _join_many, done.shape
         groups = rows * (columns // _TILE_COLUMNS)
-        join = _join_many
     else:
-        together = cut.together
+        together, likely = cut.together, plan.parts.shape[0] // B + 2
+        join = functools.partial(_join_few, together=together, likely=likely)
         groups = rows // together
+        shape = row_heads, groups, together * columns
         sums = sums.reshape(-1, K, 2, all_rows // together, together * columns)
-        join = functools.partial(_join_few, together=together, likely=plan.parts.shape[0] // B + 2)
-    done_shape = done.shape if cut.spare else (row_heads, groups, cut.together * columns)
 
     def kernel(sums_ref: Any, statistics_ref: Any, join_ref: Any, out: Any) -> None:
         number, head, group = (lax.axis_index(name) for name in ("i", "h", "g"))
@@ -115,7 +115,7 @@ def combine(
                 sums_ref.at[:, head], statistics_ref.at[:, head], place, group, first, last, behind
             )
 
-    result = jax.new_ref(done.reshape(done_shape))
+    result = jax.new_ref(done.reshape(shape))
     plgpu.kernel(
         kernel,
         grid=(plan.joins.shape[0], K, groups),

@@ -72,9 +72,10 @@ def workspace_bytes(query_heads: int, kv_heads: int, head_dim: int) -> int:
 
     Of `T` queries a row at most `T` times that.
     """
-    stretches = 2 * Tuning().parts(kv_heads) * kv_heads
-    rows, columns = tile_rows(query_heads // kv_heads), tile_columns(head_dim)
-    return stretches * rows * (columns + 2) * 4
+    tuning, heads, columns = Tuning(), query_heads // kv_heads, tile_columns(head_dim)
+    spare = cut_rows(1, kv_heads, heads, columns, tuning).spare
+    stretches = 2 * (tuning.parts(kv_heads) + spare) * kv_heads
+    return stretches * tile_rows(heads) * (columns + 2) * 4
 
 
 def decode_attention(
