@@ -252,6 +252,14 @@ class KVSharing:
         """The map as scans: the fewest traced layers, then the fewest segments (see `Segment`)."""
         return _segments.segments(self.owners)
 
+    def part(self, layers: range) -> "KVSharing":
+        """The map of a stretch of layers alone, counted from 0.
+
+        Raises:
+            ValueError: one of them reads K/V of a layer before the stretch.
+        """
+        return KVSharing(tuple(self.owners[layer] - layers.start for layer in layers))
+
     @functools.cached_property
     def free_cuts(self) -> tuple[int, ...]:
         """Layers before which a pipeline may be cut with no K/V crossing (CLA section 2.3)."""
@@ -322,7 +330,7 @@ class KVSharing:
         if self.pipeline_body is None:
             return (1,)
         body = self.segments[self.pipeline_body]
-        counts = _shifted(body).stage_counts
+        counts = self.part(range(body.start, body.stop)).stage_counts
         return tuple(n for n in counts if body.repeats % n == 0)
 
     def pipeline(self, num_stages: int) -> tuple[range, ...]:
@@ -367,7 +375,7 @@ class KVSharing:
             )
         return tuple(
             range(body.start + s.start, body.start + s.stop)
-            for s in _shifted(body).stages(num_stages)
+            for s in self.part(range(body.start, body.stop)).stages(num_stages)
         )
 
     def diagram(self) -> str:
@@ -408,11 +416,6 @@ def _pipelined_patterns(num_layers: int, num_stages: int) -> str:
     return ", ".join(
         f"{name} ({', '.join(map(str, found))} stages)" for name, found in counts.items() if found
     )
-
-
-def _shifted(segment: Segment) -> KVSharing:
-    """The map of a segment's layers alone, from layer 0."""
-    return KVSharing(tuple(owner - segment.start for owner in segment.owners))
 
 
 def _check_depth(num_layers: int) -> None:

@@ -451,3 +451,11 @@ def test_sharing_imports_without_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_part_is_the_map_of_its_layers_alone():
+    sharing = KVSharing.from_name("CLA2-KeepEnds", 6)
+    assert sharing.owners == (0, 1, 1, 3, 3, 5)
+    assert sharing.part(range(1, 5)).owners == (0, 0, 2, 2)
+    with pytest.raises(ValueError, match="layer 0"):
+        sharing.part(range(2, 5))

@@ -93,7 +93,7 @@ class Train:
         recipe, preset = self.training, RECIPES[self.preset]
         execution = recipe.execution
         if self.mesh:
-            if recipe.mesh != preset.mesh:
+            if recipe.mesh != preset.mesh or _names(sys.argv, "--training.mesh."):
                 raise ValueError(
                     f"--mesh {self.mesh} and --training.mesh.* ({recipe.mesh}) both name the "
                     "devices: give one of them"
@@ -101,11 +101,11 @@ class Train:
             recipe = dataclasses.replace(recipe, mesh=MeshConfig.parse(self.mesh))
         if self.microbatches is not None:
             count = execution.pipeline_microbatches
-            if count != preset.execution.pipeline_microbatches:
+            option = "--training.execution.pipeline-microbatches"
+            if count != preset.execution.pipeline_microbatches or _names(sys.argv, option):
                 raise ValueError(
-                    f"--microbatches {self.microbatches} and "
-                    f"--training.execution.pipeline-microbatches {count} both cut a batch: give "
-                    "one of them"
+                    f"--microbatches {self.microbatches} and {option} {count} both cut a batch: "
+                    "give one of them"
                 )
             execution = dataclasses.replace(execution, pipeline_microbatches=self.microbatches)
             recipe = dataclasses.replace(recipe, execution=execution)
@@ -139,3 +139,8 @@ def _preset(arguments: list[str]) -> TrainConfig:
     given = [b for a, b in itertools.pairwise(arguments) if a == "--preset"]
     given += [a.removeprefix("--preset=") for a in arguments if a.startswith("--preset=")]
     return RECIPES.get(given[-1] if given else "tiny", RECIPES["tiny"])
+
+
+def _names(arguments: list[str], option: str) -> bool:
+    """Whether the command line names an option, or one below it, also with its default value."""
+    return any(given.replace("_", "-").startswith(option) for given in arguments)

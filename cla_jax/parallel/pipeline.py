@@ -10,7 +10,6 @@ from typing import Any
 from cla_jax._mesh import MeshConfig
 from cla_jax.configs import ModelConfig, Remat, TrainConfig
 from cla_jax.models.pipeline import MICROBATCHES_PER_STAGE, microbatches
-from cla_jax.sharing import KVSharing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,17 +216,14 @@ def pipeline_ideal(
     if microbatches < 1:
         raise ValueError(f"microbatches={microbatches}: expected at least 1")
     layers = config.sharing.pipeline(stages)
-    # The map of the body is that of a stage, as often as there are stages.
-    first, depth = layers[0], layers[-1].stop - layers[0].start
-    owners = config.sharing.owners[first.start : first.start + depth]
-    body_map = KVSharing(tuple(owner - first.start for owner in owners))
-    body = dataclasses.replace(config, sharing=body_map)
+    stretch = range(layers[0].start, layers[-1].stop)
+    body = dataclasses.replace(config, sharing=config.sharing.part(stretch))
 
     total = config.flops_per_token(sequence_length)
     head = 6 * config.vocab_size * config.d_model
     in_body = body.flops_per_token(sequence_length) - head
     length = sequence_length or config.sequence_length
-    attention = 2 * depth * config.query_heads * config.head_dim * length
+    attention = 2 * len(stretch) * config.query_heads * config.head_dim * length
     again = {"none": 0.0, "full": 1 / 3, "dots": attention / in_body}[remat]
     return PipelineIdeal(
         stages=stages,

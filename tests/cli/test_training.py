@@ -109,10 +109,19 @@ def test_meshes_are_refused_before_text_or_model_is_read(run, tmp_path, monkeypa
             ("--mesh", "data=2", "--training.mesh.fsdp", "4"),
             ["--mesh data=2 and --training.mesh.* (fsdp=4) both"],
         ),
+        (  # what is named is the default
+            ("--mesh=data=2", "--training.mesh.data=1"),
+            ["--mesh data=2 and --training.mesh.* (none) both"],
+        ),
         (
             ("--mesh", "stage=2", "--microbatches", "4",
              "--training.execution.pipeline-microbatches", "2"),
             ["--microbatches 4", "pipeline-microbatches 2 both"],
+        ),
+        (
+            ("--mesh", "stage=2", "--microbatches", "4",
+             "--training.execution.pipeline_microbatches", "0"),
+            ["--microbatches 4", "pipeline-microbatches 0 both"],
         ),
     ],
 )  # fmt: skip
