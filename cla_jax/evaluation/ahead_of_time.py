@@ -54,7 +54,7 @@ def target_devices(target: str) -> list[Any]:
 
     Raises:
         ValueError: no such target; `libtpu` is not installed; more CPU devices than this process
-            was started with.
+            was started with; another process is compiling for TPU.
     """
     kind, _, shape = target.partition(":")
     check_choice("target", kind, _KINDS)
@@ -72,6 +72,11 @@ def target_devices(target: str) -> list[Any]:
             raise ValueError(
                 f"target={target}: compiling for TPU needs the libtpu package: pip install "
                 "libtpu==0.0.52 (any machine will do), or --target cpu:8"
+            ) from None
+        if "lockfile" in str(error):  # it advises to remove it, under the other process
+            raise ValueError(
+                f"target={target}: another process on this machine compiles for TPU, and libtpu "
+                "takes one at a time: wait until it is done"
             ) from None
         raise ValueError(f"target={target}: {str(error).splitlines()[0][:200]}") from None
     return list(found.devices)

@@ -193,3 +193,12 @@ def test_what_cannot_be_planned(target, mesh, part):
 def test_programs_that_a_mesh_or_a_context_is_not_for(mesh, programs, work, part):
     with pytest.raises(ValueError, match=part):
         plan_mesh(model("tiny/MQA-CLA2"), MeshConfig(**mesh), "cpu:8", programs, MeshWork(**work))
+
+
+def test_a_second_process_that_compiles_for_tpus_is_told_to_wait(monkeypatch):
+    def locked(**_):
+        raise RuntimeError('ABORTED: multi-process lockfile. Run "$ sudo rm /tmp/libtpu_lockfile".')
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", locked)
+    with pytest.raises(ValueError, match="one at a time: wait until it is done"):
+        plan_mesh(model("tiny/MQA-CLA2"), MeshConfig(data=4), "v5e:2x2", work=MeshWork(batch=4))
