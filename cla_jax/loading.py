@@ -12,6 +12,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 
+from cla_jax._choices import resembled
 from cla_jax.configs import CacheDtype, ComputeDtype, ExecutionConfig, MeshConfig, ModelConfig
 from cla_jax.conversion import load_huggingface
 from cla_jax.conversion.hf_keys import note_of_unknown
@@ -31,6 +32,9 @@ from cla_jax.training.step import Model
 
 __all__ = ["TextContinuation", "TextModel", "load"]
 
+# Entries of a run's `config.json`, as the trainer writes it.
+_ENTRIES = ("model", "training", "data", "execution", "mesh", "pass", "attention", "versions",
+            "tokenizer")  # fmt: skip
 _DEPTH = 4  # folders below which no run is looked for
 _SHOWN = 12  # runs that a message lists
 
@@ -214,6 +218,12 @@ def load(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{directory / 'config.json'} is not a run's: {reason}") from None
+    if unknown := [key + resembled(key, _ENTRIES) for key in record if key not in _ENTRIES]:
+        print(
+            f"{directory / 'config.json'}: note: entries that are not known here were passed over: "
+            f"{', '.join(unknown)}",
+            file=sys.stderr,
+        )
     text = _tokenizer(directory, {**trained, "fingerprint": fingerprint}, tokenizer)
     layout = _layout(mesh, config)
     model = Model(config, execution)

@@ -142,7 +142,25 @@ def test_entries_that_are_not_known_are_told(exported, capsys):
     (exported / "checksums.json").unlink()
     edit(exported / "config.json", clip_qkv=8.0)
     load(exported, tokenizer="bytes")
-    assert "what they change is lost: clip_qkv=8.0" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("what they change is lost: clip_qkv=8.0\n")
+    edit(exported / "config.json", rope_tetha=1e6)
+    load(exported, tokenizer="bytes")
+    assert "rope_tetha=1000000.0 (the nearest that is known is rope_theta)" in (
+        capsys.readouterr().err
+    )
+
+
+def test_entries_of_a_run_that_are_not_known_are_told(copy, capsys):
+    load(copy)
+    assert "not known here" not in capsys.readouterr().err
+    edit(copy / "config.json", tokeniser=1, owner="me")
+    load(copy)
+    message = capsys.readouterr().err
+    assert "passed over: tokeniser (the nearest that is known is tokenizer), owner\n" in message
+    record = json.loads((copy / "config.json").read_text())
+    edit(copy / "config.json", model={**record["model"], "head_dims": 8})
+    with pytest.raises(ValueError, match=r"unknown key 'head_dims'.* the nearest is 'head_dim'"):
+        load(copy)
 
 
 def test_its_config_says_which_token_ends_a_document(exported, tmp_path):

@@ -6,6 +6,7 @@ What is none of these may change what a model computes, and is to be told.
 import json
 from typing import Any
 
+from cla_jax._choices import resembled
 from cla_jax.conversion.layouts import GPT_NEOX, LLAMA
 
 __all__ = ["WHY", "note_of_unknown", "off_values", "unknown_entries"]
@@ -87,7 +88,7 @@ def unknown_entries(values: dict[str, Any], family: str) -> dict[str, Any]:
         values: the file's.
         family: `llama` or `gpt_neox`.
     """
-    known = {*_READ, *_READ_BY_FAMILY[family], *off_values(family), *_HARMLESS}
+    known = _known(family)
     return {
         key: value
         for key, value in sorted(values.items())
@@ -98,6 +99,8 @@ def unknown_entries(values: dict[str, Any], family: str) -> dict[str, Any]:
 def note_of_unknown(values: dict[str, Any], family: str) -> str:
     """A line that names the unknown entries, with their values; empty if there are none.
 
+    One that may be misspelt is told with the known entry that it resembles.
+
     Args:
         values: the file's.
         family: `llama` or `gpt_neox`.
@@ -105,11 +108,18 @@ def note_of_unknown(values: dict[str, Any], family: str) -> str:
     unknown = unknown_entries(values, family)
     if not unknown:
         return ""
-    entries = ", ".join(f"{key}={_short(value)}" for key, value in unknown.items())
+    known = _known(family)
+    entries = ", ".join(
+        f"{key}={_short(value)}{resembled(key, known)}" for key, value in unknown.items()
+    )
     return (
         "note: config.json has entries that are not known here and were passed over; "
         f"what they change is lost: {entries}"
     )
+
+
+def _known(family: str) -> set[str]:
+    return {*_READ, *_READ_BY_FAMILY[family], *off_values(family), *_HARMLESS}
 
 
 def _short(value: object) -> str:

@@ -185,7 +185,7 @@ def _walk(
     """Every instruction that is run, with how often, and whether that is known."""
     for one in programs.get(name, []):
         yield one, times, counted
-        trips = _trips(programs, one) if one.operation == "while" else 1
+        trips = _trips(programs, programs[name], one) if one.operation == "while" else 1
         known = counted and trips is not None
         inner = times * (1 if trips is None else trips)
         called = _CALLED.findall(one.rest)
@@ -195,8 +195,13 @@ def _walk(
             yield from _walk(programs, other, inner, known)
 
 
-def _trips(programs: dict[str, list[_Instruction]], loop: _Instruction) -> int | None:
-    """How often a loop runs: XLA says, or it counts from 0 to a constant; None: not to be told."""
+def _trips(
+    programs: dict[str, list[_Instruction]], within: list[_Instruction], loop: _Instruction
+) -> int | None:
+    """How often a loop runs: XLA says, or it counts up to a constant; None: not to be told.
+
+    Of the last, which XLA for TPUs writes, a start that is no constant is taken to be 0.
+    """
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition, body = (
@@ -205,21 +210,40 @@ def _trips(programs: dict[str, list[_Instruction]], loop: _Instruction) -> int |
         else []
         for part in ("condition", "body")
     )
-    limits = _constants(condition)
-    if len(limits) != 1:
+    test = next((one for one in condition if one.root), None)
+    if test is None or test.operation != "compare" or "direction=LT" not in test.rest:
         return None
-    (limit,) = limits.values()
-    step, counts = 1, _constants(body)
-    root = next((i for i in body if i.root), None)
-    position = next(
-        (int(m[1]) for i in condition
-         if i.operation == "get-tuple-element" and (m := re.search(r"index=(\d+)", i.rest))), None
-    )  # fmt: skip
-    if root is not None and position is not None and position < len(root.operands):
-        counter = next((i for i in body if i.name == root.operands[position]), None)
-        if counter is not None and counter.operation == "add":
-            step = next((counts[o] for o in counter.operands if o in counts), 1)
-    return max(-(-limit // max(step, 1)), 1)
+    counter, limit = (_origin(condition, name) for name in test.operands)
+    index = re.search(r"index=(\d+)", counter.rest) if counter else None
+    if index is None or limit is None or limit.name not in _constants(condition):
+        return None
+    position = int(index[1])
+    following, steps = _element(body, next((o for o in body if o.root), None), position), []
+    if following is not None and following.operation == "add":
+        origins = [_origin(body, name) for name in following.operands]
+        steps = [_constants(body).get(one.name, 0) for one in origins if one]
+    step = max(steps, default=0)
+    if step < 1:
+        return None
+    begun = _element(within, _origin(within, loop.operands[0]), position)
+    start = _constants(within).get(begun.name, 0) if begun else 0
+    return max(-(-(_constants(condition)[limit.name] - start) // step), 0)
+
+
+def _element(
+    program: list[_Instruction], whole: _Instruction | None, position: int
+) -> _Instruction | None:
+    """What an element of a tuple is, where that is made in the same computation."""
+    if whole is None or whole.operation != "tuple" or position >= len(whole.operands):
+        return None
+    return _origin(program, whole.operands[position])
+
+
+def _origin(program: list[_Instruction], name: str) -> _Instruction | None:
+    """The instruction of a name, or what it is a copy of."""
+    one = next((one for one in program if one.name == name), None)
+    copied = one is not None and one.operation in ("copy", "bitcast")
+    return _origin(program, one.operands[0]) if one and copied else one
 
 
 def _constants(program: list[_Instruction]) -> dict[str, int]:

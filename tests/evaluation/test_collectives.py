@@ -107,6 +107,26 @@ def test_a_loop_whose_turns_cannot_be_told_is_counted_once_and_says_so():
     assert not any(one.counted for one in found)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "times", "counted"),
+    [
+        ("%zero = s32[]{:T(128)} constant(0)", "%zero = s32[]{:T(128)} constant(4)", 3, True),
+        ("tuple(%next, %r)", "tuple(%copy.1, %r)", 5, True),
+        ("direction=LT", "direction=GT", 1, False),
+        ("add(%i, %two)", "multiply(%i, %two)", 1, False),
+        ("add(%i, %two)", "add(%i, %i)", 1, False),
+        ("%limit = s32[]{:T(128)} constant(10)",
+         "%limit = s32[]{:T(128)} get-tuple-element(%p.1), index=2", 1, False),
+    ],
+)  # fmt: skip
+def test_turns_are_told_of_loops_that_count_up_alone(old, new, times, counted):
+    hlo = PROGRAM.format(operation="all-reduce", groups="replica_groups=[4,2]<=[8]")
+    copy = "  %copy.1 = s32[]{:T(128)} copy(%next)\n  ROOT %t"
+    assert old in hlo
+    (found,) = collectives(hlo.replace(old, new).replace("  ROOT %t", copy, 1), MESH)
+    assert (found.times, found.counted) == (times, counted)
+
+
 def test_traffic_of_a_program_that_is_known():
     """Seven products with a matrix that lies in eighths are seven all-gathers."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
