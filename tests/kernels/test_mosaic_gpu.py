@@ -48,7 +48,7 @@ INTERPRETED = {
         dataclasses.replace(SMALL, units=8),
     ),
     "a head dim that no 16 divides": (
-        Shape(B=2, T=2, N=3, K=2, H=72, S=136, G=1), [70, 136], SMALL,
+        Shape(B=2, T=2, N=6, K=2, H=72, S=136, G=1), [70, 136], SMALL,
     ),
     "a head dim that is padded": (Shape(B=2, T=1, N=3, K=1, H=96, S=136, G=1), [70, 136], SMALL),
     "more queries than a tile": (Shape(B=2, T=3, N=32, K=1, H=64, S=72, G=1), [72, 2], SMALL),
