@@ -48,19 +48,26 @@ def decode_attention(
     # A row that sees nothing: its maximum is -inf, and -inf less -inf is no number.
     largest = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - largest)
-    total, top = weights.sum(-1), None
+    total = weights.sum(-1, keepdims=True)
+    total = jnp.where(total > 0, total, 1.0)
     if v_scale is not None:
         weights = weights * _of_query_heads(v_scale, layer, N)
-        # Up to 1 again, lest those of small values become zero as float16.
-        top = weights.max(-1)
-        top = jnp.where(top > 0, top, 1.0)[..., None]
-        weights = weights / top
+    # A float16 weight has few bits where it is small: the largest stays 1 there, and the result is
+    # divided. Otherwise the weights are, which takes a kernel less: the product writes the result.
+    after = compute == jnp.float16
+    if after:
+        top = weights.max(-1, keepdims=True)
+        top = jnp.where(top > 0, top, 1.0)
+        weights, total = weights / top, total / top
+    else:
+        weights = weights / total
     weights = weights.astype(compute).reshape(B, T * N, S)
-    out = jnp.einsum("BMS,BSX->BMX", weights, v, preferred_element_type=jnp.float32)
-    out = jnp.where(own_head, out.reshape(B, T, K, N // K, K, H), 0.0).sum(4).reshape(B, T, N, H)
-    if top is not None:
-        out = out * top
-    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+    exact = jnp.float32 if after or K > 1 else compute
+    out = jnp.einsum("BMS,BSX->BMX", weights, v, preferred_element_type=exact)
+    if K > 1:
+        out = jnp.where(own_head, out.reshape(B, T, K, N // K, K, H), 0).sum(4)
+    out = out.reshape(B, T, N, H)
+    return (out / total if after else out).astype(q.dtype)
 
 
 def _of_query_heads(scale: jax.Array, layer: int | jax.Array, heads: int) -> jax.Array:
