@@ -26,6 +26,8 @@ from cla_kernels._tuning import (
     tuned,
 )
 
+_TINY_BYTES = 2**20  # of a layer's K and V
+
 
 def obstacle(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> str:
     """Why this kernel cannot take these inputs on the target device; empty if it can."""
@@ -65,6 +67,18 @@ def slower(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStr
     if H < 128 and H % 32 and q.shape[1] == 1:
         return f"head dim {H} is loaded in pieces of 32 bytes"
     return ""
+
+
+def tiny(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Why XLA's two products take less time than this kernel, which can; empty if they do not.
+
+    Launching and joining is most of so small a call. Of several KV heads XLA's products read more
+    than they need (`_xla`). Measured: docs/results.md.
+    """
+    _, B, S, K, H = k.shape
+    if q.dtype != k.dtype or K > 1 or 2 * B * S * H * k.dtype.itemsize > _TINY_BYTES:
+        return ""
+    return f"{B} rows of {S} tokens of one KV head are at most 1 MiB"
 
 
 def workspace_bytes(query_heads: int, kv_heads: int, head_dim: int) -> int:

@@ -14,8 +14,7 @@ MOST_COLUMNS = 256
 REDUCTION_BYTES = 2048  # of shared memory, for each worker's reductions
 _SHARED_BYTES = 232_448 - REDUCTION_BYTES - 1024  # of a program; barriers take some
 _FEWEST_STAGES = 3
-_FEWEST_BUSY = 0.15  # of the units
-_MOST_JOINED = 16  # parts of a row: joining more takes longer than reading smaller tiles saves
+_FEWEST_BUSY = 0.45  # of the units: with fewer, smaller tiles are faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +130,7 @@ def tuned(
         block = tuning.block
         tiles = -(-size // block)
         few = _FEWEST_BUSY * tuning.units
-        while block > TILE_KEYS and row_heads * tiles < few and 2 * tiles <= _MOST_JOINED:
+        while block > TILE_KEYS and row_heads * tiles < few:
             block //= 2
             tiles = -(-size // block)
         units = max(min(tuning.units, row_heads * tiles), 1)

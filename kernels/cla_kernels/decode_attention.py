@@ -119,6 +119,8 @@ def choose_implementation(
         k: cached keys `[G, B, S, K, H]`, or their shape and dtype.
     """
     if not (mosaic := _mosaic_gpu.obstacle(q, k) or _mosaic_gpu.slower(q, k)):
+        if tiny := _mosaic_gpu.tiny(q, k):
+            return "xla", f"faster than Mosaic GPU: {tiny}"
         return "mosaic_gpu", "our own kernel: a Hopper GPU, and shapes and dtypes that it takes"
     if not (cudnn := _cudnn.obstacle(q, k)):
         return "cudnn", f"not Mosaic GPU: {mosaic}"

@@ -377,16 +377,40 @@ def test_head_dims_that_are_loaded_in_small_pieces_are_left_to_others(
     assert chosen == "mosaic_gpu" or f"head dim {head_dim} is loaded in pieces of" in reason
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the GPU here is a fake one")
+@pytest.mark.parametrize(
+    ("rows", "size", "kv_heads", "head_dim", "cache", "expected"),
+    [
+        (4, 512, 1, 128, "bfloat16", "xla"), (1, 4096, 1, 64, "bfloat16", "xla"),
+        (4, 520, 1, 128, "bfloat16", "mosaic_gpu"), (1, 512, 2, 128, "bfloat16", "mosaic_gpu"),
+        (4, 512, 1, 128, "int8", "mosaic_gpu"), (1, 64, 1, 80, "bfloat16", "cudnn"),
+    ],
+)  # fmt: skip
+def test_the_smallest_caches_of_one_kv_head_are_left_to_xla(
+    monkeypatch, rows: int, size: int, kv_heads: int, head_dim: int, cache: str, expected: str
+):
+    """Up to 1 MiB of a layer's K and V."""
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda name=None: [gpu])
+    q = jax.ShapeDtypeStruct((rows, 1, 16, head_dim), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, rows, size, kv_heads, head_dim), cache)
+    chosen, reason = choose_implementation(q, k)
+    assert chosen == expected
+    assert ("at most 1 MiB" in reason) == (expected == "xla")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_a_fused_kernel_is_chosen_where_one_can_run():
     for shape in SHAPES:
         for dtypes in DTYPES:
             q, k, _ = inputs(shape, *dtypes)
             chosen, reason = choose_implementation(q, k)
-            fused = ["mosaic_gpu", "cudnn"]
-            if shape.H > 64 and shape.H % 16 and dtypes[0] == dtypes[1]:
+            fused, same = ["mosaic_gpu", "cudnn"], dtypes[0] == dtypes[1]
+            if shape.H > 64 and shape.H % 16 and same:
                 fused.remove("mosaic_gpu")  # it can, but takes longer
             first = [name for name in fused if takes(name, shape, *dtypes)]
+            if first[:1] == ["mosaic_gpu"] and shape.K == 1 and same:
+                first = []  # all of these shapes are small
             assert chosen == [*first, "xla"][0], reason
 
 
