@@ -22,9 +22,12 @@ from cla_jax.training.loss import token_losses, weighted_loss
 from tests.jaxprs import equations
 from tests.models.reference import QUICK_COMPILE
 from tests.parallel.hlo import across_stages, permuted
-from tests.parallel.models import PIPELINED, config_of
+from tests.parallel.models import PIPELINED, config_of, params_of
 
 ROWS, T, D, MICROBATCHES, CHUNK = 16, 16, 32, 4, 32
+# Of each array's largest element. Measured: at most 8e-6 with AVX-512, 1.8e-5 with AVX2, in a norm of
+# the first of eight layers. A microbatch or a document mixed up costs 1e-2.
+TOLERANCE = 4e-5
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 63, (ROWS, T + 1)).astype(np.int32)
 MASK = RNG.integers(0, 2, (ROWS, T)).astype(np.float32)
@@ -56,7 +59,7 @@ def step(pattern, mesh, documents=False, vocab=64, **execution):
     layout = make_layout(MeshConfig.parse(mesh), config)
     batch = {"tokens": TOKENS, "weights": MASK / MASK.sum()}
     batch |= {"documents": DOCUMENTS} if documents else {}
-    params = model.init(0)
+    params = params_of(config)
     if layout is not None:
         params, batch = jax.device_put(params, layout.of(model.axes)), layout.batch(batch)
 
@@ -92,7 +95,7 @@ def errors(found, expected):
 
 @pytest.mark.parametrize(("pattern", "mesh"), ALL)
 def test_loss_and_gradients_are_those_of_one_device(pattern, mesh):
-    assert errors(loss_and_gradients(pattern, mesh), loss_and_gradients(pattern, "none")) < 1e-5
+    assert errors(loss_and_gradients(pattern, mesh), loss_and_gradients(pattern, "none")) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_a_stage_reads_its_microbatchs_documents(remat, mesh):
     pattern = "long KeepEnds" if "stage=3" in mesh else "deep CLA2"
     found = loss_and_gradients(pattern, mesh, documents=True, remat=remat)
     expected = loss_and_gradients(pattern, "none", documents=True)
-    assert errors(found, expected) < 1e-5
+    assert errors(found, expected) < TOLERANCE
     assert errors(expected, loss_and_gradients(pattern, "none")) > 1e-2
 
 
@@ -117,7 +120,7 @@ def test_evaluation_leaves_out_what_fills_up_chunks():
             config_of("long KeepEnds"), ExecutionConfig(compute_dtype="float32", loss_chunk=CHUNK)
         )
         layout = make_layout(MeshConfig.parse(mesh), model.config)
-        batch, params = {"tokens": TOKENS}, model.init(0)
+        batch, params = {"tokens": TOKENS}, params_of(model.config)
         if layout is not None:
             params, batch = jax.device_put(params, layout.of(model.axes)), layout.batch(batch)
         with in_force(layout):
@@ -197,7 +200,7 @@ def test_the_head_is_split_though_stages_do_not_divide_the_vocabulary(pattern, m
         assert not re.search(rf"f32\[(2,64|(1,)?128),{own}\]", text)
         assert not re.search(rf"f32\[(1,)?64,{2 * own}\]", text)
         found = jax.tree.map(np.asarray, program(*given))
-        assert errors(found, loss_and_gradients(pattern, "none", vocab=vocab)) < 1e-5
+        assert errors(found, loss_and_gradients(pattern, "none", vocab=vocab)) < TOLERANCE
 
 
 @pytest.mark.parametrize("mesh", ["none", "stage=2,data=4"])
@@ -306,7 +309,7 @@ def split_group(x, parameters):
 def test_a_split_group_is_seen():
     """Owners in one stage, readers in the next: K/V ride along with the activations."""
     sharing = KVSharing.none(2)
-    weights = RNG.normal(size=(2, D, H)).astype(np.float32)
+    weights = RNG.normal(scale=0.1, size=(2, D, H)).astype(np.float32)
     owns = np.array([1, 0], np.float32)
     x = (RNG.normal(size=(ROWS, T, D)).astype(np.float32), np.zeros((ROWS, T, H), np.float32))
     execution = ExecutionConfig(pipeline_microbatches=MICROBATCHES)
@@ -331,7 +334,7 @@ def test_a_split_group_is_seen():
         program = traced.lower().compile()
         found = program(weights, x)
     # It computes what it should: only what it sends gives it away.
-    assert errors(found, jax.value_and_grad(alone)(weights, x)) < 1e-5
+    assert errors(found, jax.value_and_grad(alone)(weights, x)) < TOLERANCE
     microbatch = ROWS // MICROBATCHES
     assert ((1, microbatch, T, H), "float32") in permuted(traced.jaxpr)
     shapes = {s.shape for s in not_activations(across_stages(program.as_text() or "", 2, 8))}
