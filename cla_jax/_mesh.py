@@ -75,7 +75,7 @@ class MeshConfig:
             if axis in ("", _NONE):
                 what = "names no axis" if axis == "" else "is no mesh and one at once"
                 raise ValueError(f"mesh {text!r} {what}: {_EXPECTED}")
-            check_choice("mesh axis", axis, (*MESH_AXES, _NONE))
+            check_choice("mesh axis", axis, MESH_AXES if equals else (*MESH_AXES, _NONE))
             if axis in sizes:
                 raise ValueError(f"mesh {text!r} gives {axis} twice")
             try:

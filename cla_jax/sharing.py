@@ -292,16 +292,14 @@ class KVSharing:
             ValueError: no such split; names the counts that work.
         """
         if num_stages not in self.stage_counts:
-            works = ", ".join(map(str, self.stage_counts))
-            nearest = min(self.stage_counts, key=lambda n: abs(n - num_stages))
             why = (
                 f"{self.num_layers} layers do not divide into {num_stages} equal stages"
                 if num_stages < 1 or self.num_layers % num_stages
                 else "a cut would separate layers that share K/V"
             )
             raise ValueError(
-                f"{num_stages} pipeline stages: {why}; stage counts that work: {works} "
-                f"(the nearest is {nearest})"
+                f"{num_stages} pipeline stages: {why}; "
+                f"{_counts_that_work(self.stage_counts, num_stages)}"
             )
         size = self.num_layers // num_stages
         return tuple(range(s, s + size) for s in range(0, self.num_layers, size))
@@ -360,8 +358,6 @@ class KVSharing:
             )
         body = self.segments[self.pipeline_body]
         if num_stages not in self.pipeline_stages:
-            works = ", ".join(map(str, self.pipeline_stages))
-            nearest = min(self.pipeline_stages, key=lambda n: abs(n - num_stages))
             layers = _length(body)
             why = (
                 f"layers {body.start} to {body.stop - 1}, {layers} of {self.num_layers}, do not "
@@ -370,8 +366,8 @@ class KVSharing:
                 else "a cut would separate layers that share K/V"
             )
             raise ValueError(
-                f"{num_stages} pipeline stages: {why}; stage counts that work: {works} "
-                f"(the nearest is {nearest})"
+                f"{num_stages} pipeline stages: {why}; "
+                f"{_counts_that_work(self.pipeline_stages, num_stages)}"
             )
         return tuple(
             range(body.start + s.start, body.start + s.stop)
@@ -403,6 +399,13 @@ class KVSharing:
 
 def _length(segment: Segment) -> int:
     return segment.stop - segment.start
+
+
+def _counts_that_work(counts: tuple[int, ...], wanted: int) -> str:
+    if counts == (1,):
+        return "stage counts that work: 1, no pipeline"
+    nearest = min(counts, key=lambda n: abs(n - wanted))
+    return f"stage counts that work: {', '.join(map(str, counts))} (the nearest is {nearest})"
 
 
 def _pipelined_patterns(num_layers: int, num_stages: int) -> str:

@@ -78,7 +78,10 @@ def target_devices(target: str) -> list[Any]:
                 f"target={target}: another process on this machine compiles for TPU, and libtpu "
                 "takes one at a time: wait until it is done"
             ) from None
-        raise ValueError(f"target={target}: {str(error).splitlines()[0][:200]}") from None
+        raise ValueError(
+            f"target={target}: {str(error).splitlines()[0][:200]}; some that exist: "
+            "v5e:4x4, v6e:4x4, v5p:4x4x4, v4:2x2x4"
+        ) from None
     return list(found.devices)
 
 

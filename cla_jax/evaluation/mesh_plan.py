@@ -124,7 +124,7 @@ def plan_mesh(
     Raises:
         ValueError: a target that cannot be compiled for, a mesh that does not fit the devices, the
             model or the batch; names what works. A program that the mesh, the recipe or the context
-            is not for.
+            is not for, or that XLA does not compile for such a mesh.
     """
     work = work or MeshWork()
     devices = target_devices(target)
@@ -219,7 +219,10 @@ def _measured(compile_: Callable[[], jax.stages.Compiled], layout: Layout) -> di
         program = compile_()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise ValueError(
+                f"XLA does not compile this for a mesh of {layout.mesh_config}: "
+                f"{str(error).splitlines()[0][:300]}; other sizes of the same axes may work"
+            ) from error
         wanted = _REQUIRED.search(str(error))
         total = None if wanted is None else round(float(wanted[1]) * _UNITS[wanted[2]])
         return {"arguments": None, "temporaries": None, "total": total, "fits": False, "sent": {}}

@@ -109,7 +109,7 @@ def test_rules_of_few_kv_heads_and_odd_vocabularies():
     [("tensor=3", "MQA", ["tensor=3", "8 query heads", "1, 2, 4, 8"]),
      ("tensor=5", "GQA4", ["tensor=5", "sizes that work: 1, 2, 4, 8"]),
      ("fsdp=3", "MQA", ["fsdp=3", "d_model=32", "nearest size that does is 2"]),
-     ("stage=2", "CLA2", ["2 pipeline stages", "separate layers", "counts that work: 1 "]),
+     ("stage=2", "CLA2", ["2 pipeline stages", "separate layers", "work: 1, no pipeline"]),
      ("stage=4", "MQA", ["4 pipeline stages", "stage counts that work: 1, 2"])],
 )  # fmt: skip
 def test_models_that_do_not_divide(mesh, pattern, parts):
