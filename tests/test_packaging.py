@@ -22,7 +22,7 @@ def find_python(*arguments: str, **environment: str) -> subprocess.CompletedProc
         env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

@@ -1,10 +1,12 @@
 """Experiments as processes of their own, by their paths."""
 
 import csv
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+@functools.cache
+def compiled_programs() -> "tempfile.TemporaryDirectory[str]":
+    """Where these processes, one after the other, keep compiled programs: many are the same.
+
+    Not shared with other processes of pytest: JAX does not write there in one piece.
+    """
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+
+
 def start(experiment: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """One that runs, such as `cla/design_space`."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "JAX_COMPILATION_CACHE_DIR": compiled_programs().name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     command = [sys.executable, str(ROOT / f"experiments/{experiment}.py"), *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -24,13 +40,13 @@ def start(experiment: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
 def run(experiment: str, *arguments: str, cwd: Path) -> tuple[int, str, str]:
     """Its exit code, standard output and standard error, when it has ended."""
     with start(experiment, *arguments, cwd=cwd) as process:
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=1200)
     return process.returncode, out, err
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Looks often, while it runs, and for five minutes at most."""
-    deadline = time.monotonic() + 300
+    """Looks often, while it runs, and for 20 minutes at most."""
+    deadline = time.monotonic() + 1200
     while not happened():
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -65,7 +65,7 @@ def test_sigterm_saves_and_has_its_own_exit_code(text):
         metrics = text / "stopped/MQA/seed-0/metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM
     assert "design_space: stopped, SIGTERM: saved at step" in err
     assert "Traceback" not in err

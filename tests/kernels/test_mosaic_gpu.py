@@ -68,7 +68,7 @@ EIGHT_BIT_INTERPRETED = [
         dataclasses.replace(TWO_WORKERS, block=128),
     )),
 ]  # fmt: skip
-HANGS = 300.0  # seconds
+HANGS = 900.0  # seconds
 
 
 @pytest.fixture
@@ -132,19 +132,21 @@ def test_interpreted_it_reads_8_bit_caches_without_races(
 
 
 # Of every entry of the tuning table, and what each lets grow: rows of queries, padded head dims.
+# Every two of a head dim, dtypes and queries meet; of all three every other combination is lowered.
 LOWERED = [
     (head_dim, q_dtype, kv_dtype, queries, heads)
-    for head_dim in (32, 40, 64, 72, 80, 96, 128, 192, 200, 248, 256)
-    for q_dtype, kv_dtype in (
+    for i, head_dim in enumerate((32, 40, 64, 72, 80, 96, 128, 192, 200, 248, 256))
+    for j, (q_dtype, kv_dtype) in enumerate((
         ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "int8"),
         ("bfloat16", "float8_e4m3fn"),
-    )
-    for queries, heads in ((1, 16), (1, 64), (8, 8), (3, 5))
-    if kv_dtype not in EIGHT_BIT or head_dim % 16 == 0
+    ))
+    for k, (queries, heads) in enumerate(((1, 16), (1, 64), (8, 8), (3, 5)))
+    if (i + j + k) % 2 == 0 and (kv_dtype not in EIGHT_BIT or head_dim % 16 == 0)
 ]  # fmt: skip
-FAST = {(64, "bfloat16", "bfloat16", 1, 16), (128, "bfloat16", "bfloat16", 1, 64),
-        (256, "float16", "float16", 8, 8), (128, "bfloat16", "int8", 3, 5),
-        (96, "bfloat16", "bfloat16", 1, 16), (64, "bfloat16", "float8_e4m3fn", 1, 16)}  # fmt: skip
+FAST = {(64, "bfloat16", "bfloat16", 1, 16), (128, "float16", "float16", 1, 64),
+        (256, "bfloat16", "bfloat16", 8, 8), (96, "bfloat16", "int8", 3, 5),
+        (96, "bfloat16", "bfloat16", 1, 64), (128, "bfloat16", "float8_e4m3fn", 1, 64)}  # fmt: skip
+assert set(LOWERED) >= FAST
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`scan_layers` on a user's own layers, and every way to execute a stack against every other."""
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -281,15 +282,21 @@ MORE_EXECUTIONS = [
 ]
 
 
-def check_execution(sharing, settings_):
+@functools.cache
+def expected_of(sharing):
+    """A decoder's parameters, and by the reference the loss and gradients of some tokens."""
     config = small_config(sharing)
-    tokens = reference.tokens_for(config, length=8)
-    model = reference.decoder(config)
-    leaves = jax.tree.leaves(model)
-    other = reference.decoder(config, ExecutionConfig(compute_dtype="float32", **settings_))
+    model, tokens = reference.decoder(config), reference.tokens_for(config, length=8)
+    expected = reference.loss_and_gradients(config, reference.extract(model), tokens)
+    return jax.tree.leaves(model), tokens, expected
+
+
+def check_execution(sharing, settings_):
+    leaves, tokens, expected = expected_of(sharing)
+    execution = ExecutionConfig(compute_dtype="float32", **settings_)
+    other = reference.decoder(small_config(sharing), execution)
     for a, b in zip(leaves, jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
-    expected = reference.loss_and_gradients(config, reference.extract(model), tokens)
     found = reference.library_loss_and_gradients(other, tokens)
     reference.assert_close(found, expected, 3e-4)
 

@@ -1,6 +1,7 @@
 """Tiny models and meshes of eight devices, which the files of this folder share."""
 
 import functools
+from typing import Any
 
 from cla_jax.configs import ExecutionConfig, MeshConfig, ModelConfig
 from cla_jax.parallel import Layout, make_layout
@@ -43,6 +44,12 @@ def model_of(pattern: str, loss_chunk: int = 0, tied: bool = False) -> Model:
     return Model(
         config_of(pattern, tied), ExecutionConfig(compute_dtype="float32", loss_chunk=loss_chunk)
     )
+
+
+@functools.cache
+def params_of(config: ModelConfig) -> Any:
+    """A model's first parameters, whose making is compiled once. They are not to be donated."""
+    return Model(config, FLOAT32).init(0)
 
 
 def layout_of(pattern: str, mesh: str, tied: bool = False) -> Layout | None:

@@ -75,7 +75,7 @@ def started(
 
 
 def ended(
-    processes: list[subprocess.Popen[str]], seconds: float = 200
+    processes: list[subprocess.Popen[str]], seconds: float = 900
 ) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each."""
     said = [process.communicate(timeout=seconds) for process in processes]

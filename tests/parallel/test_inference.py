@@ -17,7 +17,7 @@ from cla_jax.inference import GenerateConfig, KVCache, Sampling, extend, generat
 from cla_jax.parallel import Layout, in_force
 from cla_jax.training import Model
 from tests.models.reference import QUICK_COMPILE
-from tests.parallel.models import PATTERNS, config_of, layout_of, model_of
+from tests.parallel.models import PATTERNS, config_of, layout_of, model_of, params_of
 
 ROWS, ROOM = 8, 23  # no other size is 23: a collective of that length would carry a cache
 RNG = np.random.default_rng(0)
@@ -45,7 +45,7 @@ ALL = [
 
 def decoder_of(pattern, mesh):
     model, layout = model_of(pattern), layout_of(pattern, mesh)
-    params = model.init(0)
+    params = params_of(model.config)
     if layout is not None:
         params = jax.device_put(params, layout.of(model.axes))
     with in_force(layout):

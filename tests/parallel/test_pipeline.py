@@ -25,8 +25,8 @@ from tests.parallel.hlo import across_stages, permuted
 from tests.parallel.models import PIPELINED, config_of, params_of
 
 ROWS, T, D, MICROBATCHES, CHUNK = 16, 16, 32, 4, 32
-# Of each array's largest element. Measured: at most 8e-6 with AVX-512, 1.8e-5 with AVX2, in a norm of
-# the first of eight layers. A microbatch or a document mixed up costs 1e-2.
+# Of each array's largest element. Measured: at most 8e-6 with AVX-512, 1.8e-5 with AVX2, in a norm
+# of the first of eight layers. A microbatch or a document mixed up costs 1e-2.
 TOLERANCE = 4e-5
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 63, (ROWS, T + 1)).astype(np.int32)
@@ -95,7 +95,9 @@ def errors(found, expected):
 
 @pytest.mark.parametrize(("pattern", "mesh"), ALL)
 def test_loss_and_gradients_are_those_of_one_device(pattern, mesh):
-    assert errors(loss_and_gradients(pattern, mesh), loss_and_gradients(pattern, "none")) < TOLERANCE
+    assert (
+        errors(loss_and_gradients(pattern, mesh), loss_and_gradients(pattern, "none")) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_one_is_killed_and_the_run_goes_on_with_fewer(folder):
         before = len(losses(folder / "run"))
         wait_until(lambda: len(losses(folder / "run")) > before + 3, processes[0])
         processes[1].send_signal(signal.SIGTERM)
-        said = ended(processes, 60)
+        said = ended(processes)
     assert [code for code, _, _ in said] == [143, 143], said
     stopped = [error.rpartition("saved at step ")[2].split(";")[0] for _, _, error in said]
     assert stopped[0] == stopped[1] != ""
@@ -201,7 +201,7 @@ def test_a_number_that_is_given_twice(folder):
     with started(2, folder, *more, port=port) as found:
         wait_until(lambda: (folder / "run/config.json").exists(), found[0])
         with started(2, folder, *more, port=port, numbers=(1,)):
-            said = ended(found, 60)
+            said = ended(found)
     for code, _, error in said:
         assert code != 0
         assert "1 unexpectedly tried to connect with a different incarnation" in error
@@ -211,7 +211,7 @@ def test_a_number_that_is_given_twice(folder):
 @pytest.mark.slow
 def test_what_processes_refuse_they_refuse_together(folder):
     with started(2, folder, "--training.steps", "2") as processes:  # no mesh
-        for code, _, error in ended(processes, 100):
+        for code, _, error in ended(processes):
             assert code == 1
             assert "mesh none is 1 device, and 2 processes have 2" in error
             assert "Traceback" not in error
@@ -220,12 +220,12 @@ def test_what_processes_refuse_they_refuse_together(folder):
     (folder / "nccl/mine.txt").write_text("mine")
     more = "--training.steps", "2", "--mesh", "data=2"
     with started(2, folder, *more, "--out", "nccl") as processes:
-        for code, _, error in ended(processes, 100):
+        for code, _, error in ended(processes):
             assert code == 1
             assert "is not empty and holds no run" in error
             assert "another process has gone" not in error
     with started(2, folder, *more, of_each=[(), ("--training.eval-every", "1")]) as processes:
-        for code, _, error in ended(processes, 100):
+        for code, _, error in ended(processes):
             assert code == 1
             assert "process 1 has another model, recipe, data, mesh" in error
 
@@ -242,7 +242,7 @@ def test_alone(process, part, tmp_path):
         f"process={process}), seconds=3)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
     )  # fmt: skip
     assert done.returncode == 1

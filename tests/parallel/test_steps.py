@@ -15,7 +15,7 @@ from cla_jax.training.loss import weighted_loss
 from cla_jax.training.optimizer import make_optimizer
 from cla_jax.training.step import make_eval_step, state_shardings
 from tests.models.reference import QUICK_COMPILE
-from tests.parallel.models import MESHES, PATTERNS, layout_of, model_of
+from tests.parallel.models import MESHES, PATTERNS, layout_of, model_of, params_of
 
 # Of each array's largest element; measured at most 1.5e-6.
 TOLERANCE = 1e-5
@@ -38,7 +38,7 @@ def traced(pattern, mesh, loss_chunk=8, *, tied=False, documents=False):
     model, layout = model_of(pattern, loss_chunk, tied), layout_of(pattern, mesh, tied)
     batch = {"tokens": TOKENS, "weights": MASK / MASK.sum()}
     batch |= {"documents": DOCUMENTS} if documents else {}
-    params = model.init(0)
+    params = params_of(model.config)
     if layout is not None:
         params, batch = jax.device_put(params, layout.of(model.axes)), layout.batch(batch)
 
