@@ -1,6 +1,7 @@
 """Checkpoints with Orbax: the whole training state, with what it belongs to."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,13 @@ class Restored(NamedTuple):
     data: dict[str, Any]
 
 
+def _in_a_line(record: logging.LogRecord) -> bool:
+    """Of what Orbax's thread could not write it logs a traceback; the next wait raises it again."""
+    if record.threadName == "async_save":
+        record.exc_info = None
+    return True
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for pending saves.
 
@@ -52,6 +60,7 @@ class Checkpoints:
         force: bool = False,
     ) -> None:
         self.directory, self.identity, self._force = directory, identity, force
+        logging.getLogger("absl").addFilter(_in_a_line)
         self._manager = ocp.CheckpointManager(
             directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )

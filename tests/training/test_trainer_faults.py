@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from cla_jax.training import train, trainer
 from cla_jax.training.interruption import Interrupted
 from cla_jax.training.metrics import MetricLog
+from cla_jax.training.step import TrainState
 from tests.training.runs import CONFIG, TRAINING, same_run, unfinished
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -148,3 +150,26 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(
         ):
             train(CONFIG, TRAINING, streams, tmp_path / "run")
     same_run(train(CONFIG, TRAINING, streams, tmp_path / "run", resume=True), straight)
+
+
+def test_what_could_not_be_written_behind_is_said_without_a_traceback(
+    tmp_path, monkeypatch, caplog
+):
+    """Orbax writes in a thread of its own, where it logs an error before it raises it."""
+
+    written = async_checkpointer._background_wait_for_commit_futures
+
+    def full(*arguments, **options):
+        written(*arguments, **options)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(async_checkpointer, written.__name__, full)
+    state = TrainState(jnp.asarray(0), {"scale": jnp.ones(3)}, ())
+    with (
+        pytest.raises(OSError, match=r"could not save .*No space left"),
+        trainer.Checkpoints(tmp_path, {}) as checkpoints,
+    ):
+        checkpoints.save(state, {})
+    [logged] = [r for r in caplog.records if r.threadName == "async_save"]
+    assert "Failed to run" in logged.getMessage()
+    assert logged.exc_info is None
