@@ -26,7 +26,7 @@ from cla_jax.inference.forward import extend, prefill
 from cla_jax.models import Decoder
 from cla_jax.sharing import KVSharing
 from tests.models import reference
-from tests.models.test_decoder import ALL, HEADS, QUICK, config_of, owner_maps
+from tests.models.test_decoder import ALL, HEADS, QUICK, SHALLOW, config_of, owner_maps
 
 # Of the largest logit. Float32 against float64: measured at most 3.2e-6.
 FLOAT32 = 2e-5
@@ -44,20 +44,6 @@ LENGTH = 12
 SHORT, LONG = 4, 10  # chunks on either side of DECODE_QUERIES: the two routes of attention
 assert SHORT <= DECODE_QUERIES < LONG <= LENGTH
 WIDTHS = np.array([LENGTH, 5, 9])
-
-
-# As deep as they need be to be told apart: compilation is what this file's time is spent on.
-PATTERNS = {
-    "none": KVSharing.none(3),
-    "CLA2": KVSharing.cla(4, 2),
-    "CLA3-short-first": KVSharing.cla(5, 3),
-    "CLA4": KVSharing.cla(5, 4),
-    "KeepEnds": KVSharing.keep_ends(4),
-    "DenseFront": KVSharing.dense_front(4),
-    "DenseBack": KVSharing.dense_back(5),
-    "MLKV": KVSharing.mlkv(5, 2),
-    "SharedUpperHalf": KVSharing.shared_upper_half(5),
-}
 
 
 @functools.cache
@@ -205,8 +191,8 @@ def check(config: ModelConfig, turn: int, *, ways=1) -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize(("pattern", "architecture", "heads"), QUICK)
 def test_every_way_gives_the_references_logits(pattern, architecture, heads):
-    turn = list(PATTERNS).index(pattern)
-    check(config_of(PATTERNS[pattern], HEADS[heads], architecture), turn)
+    turn = list(SHALLOW).index(pattern)
+    check(config_of(SHALLOW[pattern], HEADS[heads], architecture), turn)
 
 
 @pytest.mark.slow
@@ -215,7 +201,7 @@ def test_every_way_gives_the_references_logits(pattern, architecture, heads):
 def test_every_way_of_every_combination(pattern, architecture, heads):
     # Neighbours take turns: every pattern with every number of heads meets all four ways.
     turn = ALL.index((pattern, architecture, heads))
-    check(config_of(PATTERNS[pattern], HEADS[heads], architecture), turn, ways=2)
+    check(config_of(SHALLOW[pattern], HEADS[heads], architecture), turn, ways=2)
 
 
 @pytest.mark.parity
@@ -341,8 +327,8 @@ def test_a_full_row_stays_as_it_is():
     [pytest.param(*case, marks=() if case[0] == "CLA2" else pytest.mark.slow) for case in QUICK],
 )
 def test_every_way_in_bfloat16(pattern, architecture, heads):
-    turn = list(PATTERNS).index(pattern)
-    config = config_of(PATTERNS[pattern], HEADS[heads], architecture)
+    turn = list(SHALLOW).index(pattern)
+    config = config_of(SHALLOW[pattern], HEADS[heads], architecture)
     found = errors(config, turn, "bfloat16", spread=SPREAD)
     assert max(found.values()) < BFLOAT16, found
 
@@ -405,8 +391,8 @@ def check_eight_bits(config: ModelConfig, turn: int, dtype: str, *, thorough=Fal
     ],
 )
 def test_every_way_with_an_8_bit_cache(pattern, architecture, heads):
-    turn = list(PATTERNS).index(pattern)
-    config = config_of(PATTERNS[pattern], HEADS[heads], architecture)
+    turn = list(SHALLOW).index(pattern)
+    config = config_of(SHALLOW[pattern], HEADS[heads], architecture)
     check_eight_bits(config, turn, EIGHT_BIT[turn % 2], thorough=pattern == "CLA2")
 
 
@@ -414,8 +400,8 @@ def test_every_way_with_an_8_bit_cache(pattern, architecture, heads):
 @pytest.mark.parity
 @pytest.mark.parametrize(("pattern", "architecture", "heads"), QUICK)
 def test_every_way_with_the_other_8_bit_cache(pattern, architecture, heads):
-    turn = list(PATTERNS).index(pattern)
-    config = config_of(PATTERNS[pattern], HEADS[heads], architecture)
+    turn = list(SHALLOW).index(pattern)
+    config = config_of(SHALLOW[pattern], HEADS[heads], architecture)
     check_eight_bits(config, turn, EIGHT_BIT[(turn + 1) % 2], thorough=True)
 
 

@@ -27,6 +27,18 @@ PATTERNS = {
     "MLKV": KVSharing.mlkv(7, 3),
     "SharedUpperHalf": KVSharing.shared_upper_half(7),
 }
+# As deep as they need be to be told apart: compilation is what time is spent on.
+SHALLOW = {
+    "none": KVSharing.none(3),
+    "CLA2": KVSharing.cla(4, 2),
+    "CLA3-short-first": KVSharing.cla(5, 3),
+    "CLA4": KVSharing.cla(5, 4),
+    "KeepEnds": KVSharing.keep_ends(4),
+    "DenseFront": KVSharing.dense_front(4),
+    "DenseBack": KVSharing.dense_back(5),
+    "MLKV": KVSharing.mlkv(5, 2),
+    "SharedUpperHalf": KVSharing.shared_upper_half(5),
+}
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 
 
@@ -72,7 +84,7 @@ def test_logits_and_gradients_are_the_references(pattern, architecture, heads):
 @pytest.mark.parity
 @pytest.mark.parametrize(("pattern", "architecture", "heads"), sorted(set(ALL) - set(QUICK)))
 def test_logits_and_gradients_of_every_combination(pattern, architecture, heads):
-    check(config_of(PATTERNS[pattern], HEADS[heads], architecture), seed=3)
+    check(config_of(SHALLOW[pattern], HEADS[heads], architecture), seed=3)
 
 
 @st.composite
@@ -92,7 +104,7 @@ def test_random_backward_maps(owners, architecture):
 
 @pytest.mark.slow
 @pytest.mark.parity
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(owner_maps(10), st.sampled_from(["llama", "neox"]), st.sampled_from([1, 2, 4]))
 def test_many_random_backward_maps(owners, architecture, kv_heads):
     check(config_of(KVSharing(owners), kv_heads, architecture), seed=len(owners))
