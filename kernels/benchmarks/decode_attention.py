@@ -1,6 +1,7 @@
 """Decode attention on one GPU: shapes x implementations, and the share of the read bandwidth.
 
     PYTHONPATH=kernels python kernels/benchmarks/decode_attention.py --out OUT --deadline 540
+    ... --processes 8                               # compiles faster; still measures one by one
     ... --shapes goals                              # the shapes of the goals alone
     ... --only 'B64-*-bf16' --implementations mosaic_gpu cudnn
     ... --implementations torch_flash torch_cudnn flashinfer   # the peers, into the same OUT
@@ -18,7 +19,9 @@ allowed gets no time. In the same run the device reads a 2 GB array: fractions a
 
 OUT gets `results.csv`, written row by row, `results.md`, `bandwidth.png` and `bandwidth.svg`. If it
 has a `results.csv` already the run goes on: what is in it is not measured again (`--retry`: what
-has no time is, or a disturbed one). A new version of a kernel wants a new OUT. After `--deadline`
+has no time is, or a disturbed one). cuDNN compiles one program at a time in a process, which takes
+longer than to measure it: `--processes` share the shapes. They take turns: while one measures, the
+others neither measure nor compile. A new version of a kernel wants a new OUT. After `--deadline`
 seconds the run stops and still writes its tables. JAX shares the device with torch: its memory is
 not taken in advance (XLA_PYTHON_CLIENT_PREALLOCATE=false, unless you set it).
 """
@@ -26,6 +29,7 @@ not taken in advance (XLA_PYTHON_CLIENT_PREALLOCATE=false, unless you set it).
 import argparse
 import difflib
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +37,7 @@ from pathlib import Path
 
 import decode_report as report
 from decode_report import Row
-from decode_run import RUNNING, DeviceLostError, Run, measure_all, write_report
+from decode_run import RUNNING, TURNS, DeviceLostError, Run, measure_all, turn, write_report
 from decode_shapes import SETS, Shape, select, smoke_shapes
 
 IMPLEMENTATIONS = (*report.JAX_PATHS, "reference", *report.PEERS)
@@ -63,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--threads", type=int, default=min(12, os.cpu_count() or 1), metavar="N",
                       help="that compile; default %(default)s")  # fmt: skip
+    text.add_argument("--processes", type=int, default=1, metavar="N",
+                      help="that share the shapes; default %(default)s")  # fmt: skip
+    text.add_argument("--part", type=int, help=argparse.SUPPRESS)  # of so many: a process's own
     text.add_argument("--list", action="store_true", help="print the shapes, measure nothing")
     text.add_argument("--from", type=Path, dest="source", metavar="CSV",
                       help="write table, summary and figure of these results again")  # fmt: skip
@@ -114,23 +121,80 @@ def to_do(
     return [(shape, missing) for shape, missing in wanted if missing]
 
 
-def earlier(out: Path, shapes: Sequence[Shape]) -> list[Row]:
-    """The rows of the runs before this one into `out`.
+def measured(out: Path) -> list[Row]:
+    """The rows that are in `out`."""
+    csv = out / "results.csv"
+    return report.read(csv) if csv.exists() else []
 
-    What was running when such a run died has no row: it gets one now, so as not to be tried again.
-    """
+
+def earlier(out: Path, shapes: Sequence[Shape]) -> None:
+    """Gives what was running when a run into `out` died a row, so as not to be tried again."""
     csv, running = out / "results.csv", out / RUNNING
-    rows = report.read(csv) if csv.exists() else []
     if not running.exists():
-        return rows
+        return
     name, _, implementation = running.read_text("utf-8").strip().partition(" ")
-    timed = {row.key for row in rows if row.microseconds}
+    timed = {row.key for row in measured(out) if row.microseconds}
     for shape in shapes:
         if shape.name == name and (shape, implementation) not in timed:
             note = "the run ended while this ran; --retry tries again"
             report.append(csv, Row(shape, implementation, note=note))
     running.unlink()
-    return report.read(csv) if csv.exists() else []
+
+
+def in_parts(options: argparse.Namespace, arguments: Sequence[str], began: float) -> int:
+    """This program, in so many processes; the worst of their codes."""
+    left = max(0.0, began + options.deadline - time.monotonic())
+    command = [sys.executable, __file__, *arguments, "--deadline", str(left)]
+    parts = [subprocess.Popen([*command, "--part", str(n)]) for n in range(options.processes)]
+    try:
+        return max(abs(part.wait()) for part in parts)
+    finally:
+        for part in parts:
+            part.kill()
+
+
+def measure(
+    text: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    shapes: Sequence[Shape],
+    names: Sequence[str],
+    began: float,
+) -> int:
+    """What these shapes lack, on this device."""
+    import jax
+    from decode_timing import Timing, read_bandwidth
+
+    device = jax.devices()[0]
+    if not options.smoke and device.platform not in ("gpu", "cuda"):
+        text.error(f"JAX finds a {device.platform} and no GPU; --smoke runs here")
+    timing = Timing()
+    if options.smoke:
+        timing = Timing(
+            2e-4, 1e-3, 3, agree=10.0, rotation=40_000, most_layers=3, step=4, rate=1e9, fewest=1e-4
+        )
+    print(f"# {device.device_kind}, jax {jax.__version__}", flush=True)
+    names, done = available(names), measured(options.out)
+    wanted = to_do(shapes, names, done, options.retry)
+    print(f"# {len(shapes)} shapes, {sum(len(missing) for _, missing in wanted)} rows to measure, "
+          f"{len(done)} there already", flush=True)  # fmt: skip
+    if not wanted:
+        return 0
+    with turn(options.out, alone=True):
+        bandwidths = read_bandwidth(2**20 if options.smoke else 2**31, timing)
+    for name, rate in bandwidths.items():
+        print(f"# reads {rate / 1e12:.3f} TB/s ({name})", flush=True)
+    if not bandwidths:
+        text.error("the device could not read an array: no bandwidth to compare with")
+    run = Run(
+        options.out, timing, began + options.deadline, max(bandwidths.values()),
+        device.device_kind, options.threads, timed={row.key for row in done if row.microseconds},
+    )  # fmt: skip
+    try:
+        measure_all(run, wanted)
+    except DeviceLostError as error:
+        print(f"# {error}; run this again to go on behind it", flush=True)
+        return 1
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,51 +214,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for shape in shapes:
                 print(f"{shape.name:34} {shape.kv_bytes / 1e6:9.1f} MB")
             return 0
+        if options.processes < 1:
+            raise ValueError(f"--processes {options.processes}: expected 1 or more")
         if options.out is None:
             raise ValueError("--out is missing: expected a folder for the results")
         report.check_can_grow(options.out / "results.csv")
     except ValueError as error:
         text.error(str(error))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX is imported
-    import jax
-    from decode_timing import Timing, read_bandwidth
-
-    device = jax.devices()[0]
-    if not options.smoke and device.platform not in ("gpu", "cuda"):
-        text.error(f"JAX finds a {device.platform} and no GPU; --smoke runs here")
-    timing = Timing()
-    if options.smoke:
-        timing = Timing(
-            2e-4, 1e-3, 3, agree=10.0, rotation=40_000, most_layers=3, step=4, rate=1e9, fewest=1e-4
-        )
-    print(f"# {device.device_kind}, jax {jax.__version__}", flush=True)
-    names = available(names)
-    done = earlier(options.out, shapes)
-    wanted = to_do(shapes, names, done, options.retry)
-    print(f"# {len(shapes)} shapes, {sum(len(missing) for _, missing in wanted)} rows to measure, "
-          f"{len(done)} there already", flush=True)  # fmt: skip
-    status = 0
-    if wanted:
-        bandwidths = read_bandwidth(2**20 if options.smoke else 2**31, timing)
-        for name, rate in bandwidths.items():
-            print(f"# reads {rate / 1e12:.3f} TB/s ({name})", flush=True)
-        if not bandwidths:
-            text.error("the device could not read an array: no bandwidth to compare with")
-        options.out.mkdir(parents=True, exist_ok=True)
-        run = Run(
-            options.out, timing, began + options.deadline, max(bandwidths.values()),
-            device.device_kind, options.threads,
-            timed={row.key for row in done if row.microseconds},
-        )  # fmt: skip
-        try:
-            measure_all(run, wanted)
-        except DeviceLostError as error:
-            print(f"# {error}; run this again to go on behind it", flush=True)
-            status = 1
-        if run.left() <= 0:
-            print(f"# stopped after {options.deadline:.0f} s; run this again to go on", flush=True)
-        done = report.read(run.csv) if run.csv.exists() else []
-    write_report(done, options.out)
+    if options.part is not None:
+        return measure(text, options, shapes[options.part :: options.processes], names, began)
+    options.out.mkdir(parents=True, exist_ok=True)
+    earlier(options.out, shapes)
+    if options.processes > 1:
+        status = in_parts(options, sys.argv[1:] if arguments is None else arguments, began)
+    else:
+        status = measure(text, options, shapes, names, began)
+    if time.monotonic() >= began + options.deadline:
+        print(f"# stopped after {options.deadline:.0f} s; run this again to go on", flush=True)
+    (options.out / TURNS).unlink(missing_ok=True)
+    write_report(measured(options.out), options.out)
     return status
 
 

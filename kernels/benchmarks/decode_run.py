@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import gc
 import itertools
 import os
@@ -20,7 +21,7 @@ from decode_shapes import Shape
 TOLERANCE = 3e-3  # of the norm; rounding to bfloat16 alone gives 2.3e-3
 PEERS_TOLERANCE = 1e-2  # theirs is not ours to hold; that they compute the same is
 WAVE = 16  # shapes that are compiled together before they are timed: both at once disturb timing
-RUNNING = "running"  # a file beside the results
+RUNNING, TURNS = "running", "turns"  # files beside the results
 HANGS = 180.0  # seconds after which a call is taken for one that never ends
 
 
@@ -99,6 +100,17 @@ class Run:
             self.running.unlink(missing_ok=True)
 
 
+@contextmanager
+def turn(out: Path, *, alone: bool) -> Iterator[None]:
+    """What is inside waits for the run's other processes, where they would disturb one another.
+
+    Many compile at once; one measures (`alone`), while nobody compiles.
+    """
+    with (out / TURNS).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
 def write_report(rows: Sequence[Row], out: Path | None) -> None:
     """Print table and summary; with a folder, save them and the figure there."""
     text = f"{report.table(rows)}\n{report.summary(rows)}"
@@ -142,25 +154,27 @@ def _measure(run: Run, wanted: Sequence[tuple[Shape, Sequence[str]]]) -> None:
     for wave in itertools.batched(wanted, WAVE):
         if run.left() <= 0:
             return
-        began = time.monotonic()
-        pool = concurrent.futures.ThreadPoolExecutor(run.threads)
-        jobs: dict[tuple[Shape, str], concurrent.futures.Future[Any]] = {}
+        with turn(run.out, alone=False):
+            began = time.monotonic()
+            pool = concurrent.futures.ThreadPoolExecutor(run.threads)
+            jobs: dict[tuple[Shape, str], concurrent.futures.Future[Any]] = {}
+            for shape, names in wave:
+                jobs[shape, "inputs"] = pool.submit(compile_inputs, shape)
+                jobs[shape, "exact"] = pool.submit(compile_exact, shape)
+                for name in names:
+                    if name not in report.PEERS:
+                        jobs[shape, name] = pool.submit(compile_timed, shape, name, run.timing)
+            wait = min(max(run.left(), 0.0), 1e6)
+            done, late = concurrent.futures.wait(jobs.values(), wait)
+            pool.shutdown(wait=not late, cancel_futures=True)
+            print(f"# compiled {len(done)} of {len(jobs)} programs in "
+                  f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
         for shape, names in wave:
-            jobs[shape, "inputs"] = pool.submit(compile_inputs, shape)
-            jobs[shape, "exact"] = pool.submit(compile_exact, shape)
-            for name in names:
-                if name not in report.PEERS:
-                    jobs[shape, name] = pool.submit(compile_timed, shape, name, run.timing)
-        wait = min(max(run.left(), 0.0), 1e6)
-        done, late = concurrent.futures.wait(jobs.values(), wait)
-        pool.shutdown(wait=not late, cancel_futures=True)
-        print(f"# compiled {len(done)} of {len(jobs)} programs in "
-              f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
-        for shape, names in wave:
-            if run.left() <= 0 or late:
-                return
             programs = {name: jobs.pop((s, name)) for s, name in list(jobs) if s == shape}
-            measure_shape(run, shape, names, programs)
+            with turn(run.out, alone=True):
+                if run.left() <= 0 or late:
+                    return
+                measure_shape(run, shape, names, programs)
             del programs
             gc.collect()
 

@@ -54,6 +54,7 @@ def test_sets_hold_one_another_and_stay_in_bounds(module):
     ("arguments", "message"),
     [
         (["--smoke"], "--out is missing"),
+        (["--processes", "0"], "--processes 0: expected 1 or more"),
         (["--only", "B65-*"], "'B65-*' matches none"),
         (["--implementations", "cudn"], "the nearest is 'cudnn'"),
         (["--from", "no/such.csv"], "no/such.csv: no such file"),
@@ -103,6 +104,22 @@ def test_measures_catches_what_fails_and_goes_on(module, tmp_path, monkeypatch, 
     *before, died = report.read(tmp_path / "results.csv")
     assert before == list(rows.values())
     assert (died.implementation, died.note[:13]) == ("flashinfer", "the run ended")
+
+
+@pytest.mark.slow
+def test_processes_share_the_shapes(module, tmp_path, capfd):
+    arguments = ["--smoke", "--out", str(tmp_path), "--implementations", "xla", "reference"]
+    assert module("decode_attention").main([*arguments, "--processes", "2"]) == 0
+    report, shapes = module("decode_report"), module("decode_shapes").smoke_shapes()
+    rows = report.read(tmp_path / "results.csv")
+    assert sorted((row.shape.name, row.implementation) for row in rows) == sorted(
+        (shape.name, name) for shape in shapes for name in ("xla", "reference")
+    )
+    assert all(row.microseconds for row in rows)
+    assert sorted(path.name for path in tmp_path.iterdir())[-2:] == ["results.csv", "results.md"]
+    said = capfd.readouterr().out
+    assert "# 2 shapes, 4 rows to measure" in said
+    assert "# 1 shapes, 2 rows to measure" in said
 
 
 def fake_rows(report, shapes):
