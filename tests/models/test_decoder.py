@@ -82,8 +82,12 @@ def test_logits_and_gradients_are_the_references(pattern, architecture, heads):
 
 @pytest.mark.slow
 @pytest.mark.parity
-@pytest.mark.parametrize(("pattern", "architecture", "heads"), sorted(set(ALL) - set(QUICK)))
-def test_logits_and_gradients_of_every_combination(pattern, architecture, heads):
+@pytest.mark.parametrize(
+    ("pattern", "architecture", "heads"),
+    # Of `ALL` every other: every two of the three meet. Logits of all of them: test_contract.py.
+    [case for i, case in enumerate(ALL) if (i + i // 6) % 2 == 0 and case not in QUICK],
+)
+def test_logits_and_gradients_of_the_other_combinations(pattern, architecture, heads):
     check(config_of(SHALLOW[pattern], HEADS[heads], architecture), seed=3)
 
 
