@@ -81,3 +81,8 @@ def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
         if sum(1 for _ in lines) > 15_000:
             jax.clear_caches()
             gc.collect()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what takes minutes by itself: at the end, one process would wait for another's."""
+    items.sort(key=lambda item: not item.name.startswith("test_25_kills"))
