@@ -179,6 +179,7 @@ def measure(
           f"{len(done)} there already", flush=True)  # fmt: skip
     if not wanted:
         return 0
+    options.out.mkdir(parents=True, exist_ok=True)
     with turn(options.out, alone=True):
         bandwidths = read_bandwidth(2**20 if options.smoke else 2**31, timing)
     for name, rate in bandwidths.items():
@@ -224,7 +225,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX is imported
     if options.part is not None:
         return measure(text, options, shapes[options.part :: options.processes], names, began)
-    options.out.mkdir(parents=True, exist_ok=True)
     earlier(options.out, shapes)
     if options.processes > 1:
         status = in_parts(options, sys.argv[1:] if arguments is None else arguments, began)
