@@ -112,7 +112,7 @@ class Verdicts:
             "perplexity. The noise is the standard deviation of a run's loss between seeds, "
             f"pooled over all {self.repeated} with several (there are {noise.groups}; degrees of "
             f"freedom: {noise.degrees}): {noise.deviation:.5f} nats. It is taken to be the same "
-            "for models with one seed. A difference counts beyond {noise.quantile:.2f} "
+            f"for models with one seed. A difference counts beyond {noise.quantile:.2f} "
             "standard errors (Student's t, two-sided, 95 %): "
             f"{one:.2f} % of perplexity between models of one seed each, {two:.2f} % of two. One "
             "in twenty pairs that do not differ would count all the same. Seeds are of the "

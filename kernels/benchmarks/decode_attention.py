@@ -37,7 +37,16 @@ from pathlib import Path
 
 import decode_report as report
 from decode_report import Row
-from decode_run import RUNNING, TURNS, DeviceLostError, Run, measure_all, turn, write_report
+from decode_run import (
+    CEILING,
+    RUNNING,
+    TURNS,
+    DeviceLostError,
+    Run,
+    ceiling,
+    measure_all,
+    write_report,
+)
 from decode_shapes import SETS, Shape, select, smoke_shapes
 
 IMPLEMENTATIONS = (*report.JAX_PATHS, "reference", *report.PEERS)
@@ -180,14 +189,17 @@ def measure(
     if not wanted:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    with turn(options.out, alone=True):
+
+    def read() -> float:
         bandwidths = read_bandwidth(2**20 if options.smoke else 2**31, timing)
-    for name, rate in bandwidths.items():
-        print(f"# reads {rate / 1e12:.3f} TB/s ({name})", flush=True)
-    if not bandwidths:
-        text.error("the device could not read an array: no bandwidth to compare with")
+        for name, rate in bandwidths.items():
+            print(f"# reads {rate / 1e12:.3f} TB/s ({name})", flush=True)
+        if not bandwidths:
+            text.error("the device could not read an array: no bandwidth to compare with")
+        return max(bandwidths.values())
+
     run = Run(
-        options.out, timing, began + options.deadline, max(bandwidths.values()),
+        options.out, timing, began + options.deadline, ceiling(options.out, read),
         device.device_kind, options.threads, timed={row.key for row in done if row.microseconds},
     )  # fmt: skip
     try:
@@ -226,13 +238,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.part is not None:
         return measure(text, options, shapes[options.part :: options.processes], names, began)
     earlier(options.out, shapes)
+    (options.out / CEILING).unlink(missing_ok=True)  # of a run that was killed, on another device
     if options.processes > 1:
         status = in_parts(options, sys.argv[1:] if arguments is None else arguments, began)
     else:
         status = measure(text, options, shapes, names, began)
     if time.monotonic() >= began + options.deadline:
         print(f"# stopped after {options.deadline:.0f} s; run this again to go on", flush=True)
-    (options.out / TURNS).unlink(missing_ok=True)
+    for name in (TURNS, CEILING):
+        (options.out / name).unlink(missing_ok=True)
     write_report(measured(options.out), options.out)
     return status
 

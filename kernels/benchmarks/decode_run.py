@@ -21,7 +21,7 @@ from decode_shapes import Shape
 TOLERANCE = 3e-3  # of the norm; rounding to bfloat16 alone gives 2.3e-3
 PEERS_TOLERANCE = 1e-2  # theirs is not ours to hold; that they compute the same is
 WAVE = 16  # shapes that are compiled together before they are timed: both at once disturb timing
-RUNNING, TURNS = "running", "turns"  # files beside the results
+RUNNING, TURNS, CEILING = "running", "turns", "ceiling"  # files beside the results, of a run alone
 HANGS = 180.0  # seconds after which a call is taken for one that never ends
 
 
@@ -109,6 +109,21 @@ def turn(out: Path, *, alone: bool) -> Iterator[None]:
     with (out / TURNS).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
+
+
+def ceiling(out: Path, read: Callable[[], float]) -> float:
+    """Bytes a second: the first of the run's processes reads, the others take what it found.
+
+    No process compiles before it has this, so nothing disturbs the one that reads.
+    """
+    with (out / CEILING).open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if found := file.read():
+            return float(found)
+        rate = read()
+        file.write(f"{rate!r}\n")
+        return rate
 
 
 def write_report(rows: Sequence[Row], out: Path | None) -> None:

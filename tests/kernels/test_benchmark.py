@@ -120,6 +120,8 @@ def test_processes_share_the_shapes(module, tmp_path, capfd):
     said = capfd.readouterr().out
     assert "# 2 shapes, 4 rows to measure" in said
     assert "# 1 shapes, 2 rows to measure" in said
+    assert said.count("(sum of float32)") == 1  # one process reads the bandwidth for both
+    assert len({row.ceiling_tb_per_second for row in rows}) == 1
 
 
 def fake_rows(report, shapes):
