@@ -30,6 +30,10 @@ ALL = [
     pytest.param(p, m, marks=() if (p, m) in QUICK else pytest.mark.slow)
     for p in PATTERNS
     for m in MESHES
+] + [
+    # One scan over two sharing groups, as the paper's models have ten.
+    pytest.param("deep CLA2", m, marks=pytest.mark.slow)
+    for m in ("fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
 ]
 
 
