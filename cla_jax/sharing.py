@@ -404,7 +404,7 @@ def _length(segment: Segment) -> int:
 def _counts_that_work(counts: tuple[int, ...], wanted: int) -> str:
     if counts == (1,):
         return "stage counts that work: 1, no pipeline"
-    nearest = min(counts, key=lambda n: abs(n - wanted))
+    nearest = min(counts, key=lambda n: (abs(n - wanted), -n))  # 1 is no pipeline
     return f"stage counts that work: {', '.join(map(str, counts))} (the nearest is {nearest})"
 
 
