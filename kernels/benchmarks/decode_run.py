@@ -21,7 +21,7 @@ from decode_shapes import Shape
 TOLERANCE = 3e-3  # of the norm; rounding to bfloat16 alone gives 2.3e-3
 PEERS_TOLERANCE = 1e-2  # theirs is not ours to hold; that they compute the same is
 WAVE = 16  # shapes that are compiled together before they are timed: both at once disturb timing
-RUNNING, TURNS, CEILING = "running", "turns", "ceiling"  # files beside the results, of a run alone
+RUNNING, TURNS, CEILING = "running", "turns", "ceiling"  # beside the results, while it runs
 HANGS = 180.0  # seconds after which a call is taken for one that never ends
 
 

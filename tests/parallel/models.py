@@ -25,15 +25,17 @@ PIPELINED = {
     "deep CLA4": (KVSharing.cla(8, 4), 2),
     "deep KeepEnds": (KVSharing.keep_ends(6), 1),
 }
-# Three stages, which divide neither the usual batches nor vocabularies.
-THIRDS = {"long KeepEnds": (KVSharing.keep_ends(8), 1)}
-# Two sharing groups in each of two stages.
-TWICE = {"long CLA2": (KVSharing.cla(8, 2), 1)}
+LONG = {
+    # Three stages, which divide neither the usual batches nor vocabularies.
+    "long KeepEnds": (KVSharing.keep_ends(8), 1),
+    # Two sharing groups in each of two stages.
+    "long CLA2": (KVSharing.cla(8, 2), 1),
+}
 FLOAT32 = ExecutionConfig(compute_dtype="float32")
 
 
 def config_of(pattern: str, tied: bool = False) -> ModelConfig:
-    sharing, kv_heads = (PATTERNS | PIPELINED | THIRDS | TWICE)[pattern]
+    sharing, kv_heads = (PATTERNS | PIPELINED | LONG)[pattern]
     return ModelConfig(
         name=pattern, sharing=sharing, d_model=32, ffn_dim=48, query_heads=8, kv_heads=kv_heads,
         head_dim=4, vocab_size=64, sequence_length=128, separate_kv_norm=True, init_std=0.2,
