@@ -8,9 +8,10 @@
 A cut `128x6x1` is tiles of 128 keys, 6 of them in flight, 1 warpgroup that multiplies (see
 `cla_kernels._tuning.Tuning`). Each that is asked for is first made fit, as the kernel does it:
 fewer stages where shared memory ends. Where its tiles would have to be smaller too, or its workers
-fewer, the shape is not timed with it. Every result is compared with float32; what is right is timed
-as the benchmark does it, in turns beside the table's own cut and cuDNN, so that a change of the
-clock meets all of them.
+fewer, the shape is not timed with it. `table+` is the table's with units that join what they found
+themselves, where otherwise a second kernel does. Every result is compared with float32; what is
+right is timed as the benchmark does it, in turns beside the table's own cut and cuDNN, so that a
+change of the clock meets all of them.
 
 In the end, for each entry of the table (16 or 8 bits, and the most columns of a head): the cuts
 that were timed on all its shapes, by the geometric mean of their speed against the table's. Half a
@@ -34,7 +35,7 @@ from decode_report import geometric_mean
 from decode_run import TOLERANCE, relative_error
 from decode_shapes import Shape, select, standard_shapes
 
-TABLE, PEER = "table", "cudnn"
+TABLE, FUSED, PEER = "table", "table+", "cudnn"
 SMOKE = Shape(2, 136, 4, 1, 64)
 SHAPES = (
     "B1-S131072-N16-K1-H128-bf16", "B64-S4096-N16-K1-H128-bf16", "B256-S8192-N16-K1-H128-bf16",
@@ -57,6 +58,8 @@ class Options:
     """Tiles in flight, at most."""
     workers: tuple[int, ...] = (1, 2)
     """Warpgroups that multiply; of two, only numbers of stages that 4 divides are tried."""
+    fused: bool = True
+    """Also the table's cut with units that join what they found themselves."""
     rounds: int = 3
     """Times that each cut is timed, in turns; their median counts."""
     threads: int = min(12, os.cpu_count() or 1)
@@ -83,7 +86,7 @@ class Found:
 
 def label(cut: Any) -> str:
     """Of a `Tuning`."""
-    return f"{cut.block}x{cut.stages}x{cut.workers}"
+    return f"{cut.block}x{cut.stages}x{cut.workers}{'+' * cut.fused}"
 
 
 def grid(options: Options) -> list[Any]:
@@ -249,19 +252,21 @@ def main(options: Options) -> None:
         if time.monotonic() - began > options.deadline:
             print(f"# stopped after {options.deadline:.0f} s, before {shape.name}")
             break
-        columns, entry = table_entry(shape.H, jax.numpy.dtype(DTYPES[shape.dtype]))
+        dtype = jax.numpy.dtype(DTYPES[shape.dtype])
+        columns, entry = table_entry(shape.H, dtype)
         cuts = fitting(shape, asked)
         firsts: dict[Any, str] = {}  # what several become is timed once
         for name, cut in cuts.items():
             firsts.setdefault(cut, name)
         distinct = {name: cut for cut, name in firsts.items()}
+        own = tuned(shape.N // shape.K, shape.H, dtype, shape.B * shape.K, shape.capacity)
         if options.smoke:
-            rows = shape.N // shape.K, shape.H, jax.numpy.dtype("bfloat16"), shape.B * shape.K
-            own = dataclasses.replace(tuned(*rows, shape.capacity), on_device=False)
+            own = dataclasses.replace(own, on_device=False)
             with jax.default_device(jax.devices("cpu")[0]):
                 found = interpreted(shape, {TABLE: own, **distinct})
         else:
-            contestants = {TABLE: "mosaic_gpu", PEER: PEER, **distinct}
+            fused = {FUSED: dataclasses.replace(own, fused=True)} if options.fused else {}
+            contestants = {TABLE: "mosaic_gpu", PEER: PEER, **fused, **distinct}
             found = contest(shape, contestants, Timing(), options.rounds, options.threads)
         print(table(shape, found), flush=True)
         if options.smoke:

@@ -14,9 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from cla_kernels._flags import WORDS, await_flags, raise_flags
+from cla_kernels._join import Cut, Found, by_group, join
 from cla_kernels._schedule import Schedule
 from cla_kernels._shared import Cached, Problem, Shared, scratch
 from cla_kernels._softmax import attend, give, normalised, take
+from cla_kernels._split import Meeting, Split, splits
 from cla_kernels._stretch import Stretch, Walk
 from cla_kernels._tuning import REDUCTION_BYTES, Tuning
 
@@ -31,18 +34,10 @@ class _Inputs(NamedTuple):
     layer: Any  # [1]
 
 
-class _Outputs(NamedTuple):
-    """Likewise; see `partial_attention`."""
-
-    done: Any
-    sums: Any
-    statistics: Any
-
-
 # Jitted, so that a model's layers trace and lower it once.
 @functools.partial(
     jax.jit,
-    static_argnames=("queries", "heads", "scale", "written", "spare", "result_dtype", "tuning"),
+    static_argnames=("queries", "heads", "scale", "cut", "result_dtype", "tuning"),
 )
 def partial_attention(
     q: jax.Array,
@@ -53,16 +48,17 @@ def partial_attention(
     queries: int,
     heads: int,
     scale: float,
-    written: int,
-    spare: int,
+    cut: Cut,
     result_dtype: jnp.dtype,
     tuning: Tuning,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Found:
     """Every unit's softmax over its stretch of every row that it reads.
 
     Unit `p * K + head` is part `p` of a KV head. A row that it reads whole is done. Of others it
     leaves at most two partial results: `2 * unit` of the first row that it reads, and
-    `2 * unit + 1` of another, which goes on behind it.
+    `2 * unit + 1` of another, which goes on behind it. With `tuning.fused` the units join these,
+    each some of the rows of queries, once all that read of the row have said so; else
+    `_combine.combine` does.
 
     Args:
         q: `[B, K, queries * heads, H]`, at most 64 rows to a KV head, in the type in which tiles
@@ -73,16 +69,16 @@ def partial_attention(
         queries: `T` of a row, the last of which sees `lengths` keys.
         heads: query heads of a KV head.
         scale: of the scores, positive.
-        written: rows of a result: those of `q`, or whole tiles of them.
-        spare: parts for which there is room behind the `P`.
+        cut: rows of a result, and how they are joined.
         result_dtype: of a result.
         tuning: how the work is cut.
 
     Returns:
-        Results `[B * K, written, C]` of what is done alone, `C` the head dim in whole tiles; and
-        float32: sums of values `[2 * P * K, R, C]`, `R` the rows in whole tiles, and their largest
-        score (times log2 e) and sum of weights, `[2 * P * K, 2, R]`. What nobody has found is not
-        written. `spare` parts lie behind them, never written.
+        Results `[B * K, rows, C]`, `C` the head dim in whole tiles, of all rows, or (not
+        `tuning.fused`) of what is done alone; and float32: sums of values `[2 * P * K, R, C]`, `R`
+        the rows in whole tiles, and their largest score (times log2 e) and sum of weights,
+        `[2 * P * K, 2, R]`. What nobody has found is not written. Spare parts lie behind them,
+        never written.
     """
     B, K = q.shape[:2]
     G, _, S, _, H = cached.k.shape
@@ -92,16 +88,17 @@ def partial_attention(
     )  # fmt: skip
     rows, width, workers = problem.rows, problem.width, tuning.workers
     parts = plan.parts.shape[0]
-    found = 2 * (parts + spare) * K
+    found = 2 * (parts + cut.spare) * K
     k, v = (a.reshape(G * B, S, K, H) for a in (cached.k, cached.v))
+    meeting, likely = Meeting(parts, K), parts // B + 2
     scales = [a.reshape(G * B, K, S) for a in (cached.k_scale, cached.v_scale) if a is not None]
 
     def kernel(*refs: Any) -> None:
-        # The joins are not read here: the second kernel reads them before it waits for this one.
+        # The joins are not read here: a second kernel reads them before it waits for this one.
         n = 3 + len(scales)
         m = n + len(plan) + 1
         inputs = _Inputs(refs[0], refs[1:3], refs[3:n], Schedule(*refs[n : m - 1]), refs[m - 1])
-        outputs, shared = _Outputs(*refs[m : m + 3]), refs[m + 3]
+        outputs, shared = Found(*refs[m : m + 3]), refs[-1]
         unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
         if tuning.on_device:
             plgpu.griddepcontrol_wait()
@@ -128,15 +125,25 @@ def partial_attention(
             # is allocated here, and not used, gives each worker its own.
             unused = plgpu.SMEM((REDUCTION_BYTES // 4,), jnp.float32)
             pl.run_scoped(others, unused, collective_axes="wg")
-        pl.when(wg == 0)(functools.partial(multiply, 0))
 
-    return plgpu.kernel(
+        @pl.when(wg == 0)
+        def _first() -> None:
+            if not tuning.fused:
+                return multiply(0)
+            both = splits(walk)  # read while the first tiles are loaded
+            multiply(0)
+            _join(outputs, refs[m + 3], both, part, head, meeting=meeting, likely=likely, cut=cut)
+
+    out_types = [
+        jax.ShapeDtypeStruct((B * K, cut.rows, width), result_dtype),
+        jax.ShapeDtypeStruct((found, rows, width), jnp.float32),
+        jax.ShapeDtypeStruct((found, 2, rows), jnp.float32),
+    ]
+    if tuning.fused:
+        out_types.append(jax.ShapeDtypeStruct((meeting.flags, WORDS), jnp.int32))
+    results = plgpu.kernel(
         kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((B * K, written, width), result_dtype),
-            jax.ShapeDtypeStruct((found, rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((found, 2, rows), jnp.float32),
-        ),
+        out_type=out_types,
         scratch_types=[scratch(problem)],
         grid=(parts * K,),
         grid_names=("unit",),
@@ -144,10 +151,11 @@ def partial_attention(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, *scales, *plan, jnp.asarray(layer, jnp.int32).reshape(1))
+    return Found(*results[:3])
 
 
 def _multiply(
-    problem: Problem, shared: Shared, outputs: _Outputs, walk: Walk, worker: int, *,
+    problem: Problem, shared: Shared, outputs: Found, walk: Walk, worker: int, *,
     unit: jax.Array, head: jax.Array, heads: int, box: tuple[Any, Any], wg: jax.Array,
 ) -> None:  # fmt: skip
     """A multiplying warpgroup; the first of them writes what is found."""
@@ -233,3 +241,31 @@ def _load(
     @pl.loop(jnp.maximum(stretches - 2, 0), stretches)
     def _(number: jax.Array) -> None:
         plgpu.barrier_wait(shared.q_empty.at[lax.rem(number, jnp.int32(2))])
+
+
+def _join(
+    outputs: Found, flags: Any, both: tuple[Split, Split], part: jax.Array, head: jax.Array, *,
+    meeting: Meeting, likely: int, cut: Cut,
+) -> None:  # fmt: skip
+    """The first multiplying warpgroup, once its unit has read all: it tells, waits and joins.
+
+    Nobody waits who has not told before.
+    """
+    found, groups = by_group(outputs, meeting.kv_heads, cut)
+    for split in both:
+        told = meeting.told(split, part, head)
+        pl.when(split.exists)(functools.partial(raise_flags, flags, *told, meeting.joiners(split)))
+    for split in both:
+        number, joiners = part - split.first, meeting.joiners(split)
+
+        def here(split: Split = split, number: Any = number, joiners: Any = joiners) -> None:
+            await_flags(flags, meeting.heard(split, part, head), split.parts, meeting.parts)
+
+            @pl.loop(0, lax.div(groups - number + joiners - 1, joiners))
+            def _(turn: jax.Array) -> None:
+                join(
+                    found, split.row, head, number + turn * joiners, split.first, split.last,
+                    split.behind, kv_heads=meeting.kv_heads, cut=cut, likely=likely,
+                )  # fmt: skip
+
+        pl.when(split.exists & (number < joiners))(here)

@@ -1,0 +1,70 @@
+"""Who joins rows that several units read, and who hears of whom: against lists made by hand."""
+
+from collections import Counter
+
+import jax.numpy as jnp
+import numpy as np
+from cla_kernels import _split
+from cla_kernels._schedule import schedule
+from cla_kernels._split import Meeting, splits
+from cla_kernels._stretch import Walk
+from cla_kernels._tuning import Tuning
+from hypothesis import given
+from hypothesis import strategies as st
+
+SIZE = 800  # tokens of a row's cache
+
+lengths_of_rows = st.lists(st.integers(0, 900), min_size=1, max_size=6) | st.builds(
+    lambda length, rows: [length] * rows, st.integers(0, 900), st.integers(1, 6)
+)
+
+
+@given(lengths_of_rows, st.integers(1, 9), st.integers(1, 2), st.integers(1, 4))
+def test_every_part_of_a_row_is_told_and_heard_once(
+    lengths: list[int], parts: int, kv_heads: int, most_joiners: int
+):
+    block, kept = 64, _split._MOST_JOINERS
+    plan = schedule(jnp.array(lengths, jnp.int32), parts, SIZE, Tuning(block=block))
+    starts, each = np.asarray(plan.starts), int(plan.each[0])
+    blocks = [max(-(-min(length, SIZE) // block), 1) for length in lengths]
+    readers = {  # of every row, its parts
+        row: sorted({place // each for place in range(start, start + blocks[row])})
+        for row, start in enumerate(starts[:-1])
+    }
+    shared = {row: found for row, found in readers.items() if len(found) > 1}
+
+    meeting = Meeting(parts, kv_heads)
+    seen, raised, heard, joined = Counter(), Counter(), Counter(), Counter()
+    try:
+        _split._MOST_JOINERS = most_joiners
+        for part in range(parts):
+            walk = Walk.of(plan, jnp.int32(part), SIZE, block)
+            for began_before, split in zip((True, False), splits(walk), strict=True):
+                if not split.exists:
+                    continue
+                row = int(split.row)
+                seen[row, part] += 1
+                found = shared[row]
+                assert (split.first, split.last) == (found[0], found[-1])
+                assert began_before == (part > found[0])
+                assert bool(split.behind) == (starts[row] > found[0] * each)
+                joiners = int(meeting.joiners(split))
+                assert joiners == min(len(found), max(most_joiners // kv_heads, 1))
+                for head in range(kv_heads):
+                    told = meeting.told(split, jnp.int32(part), jnp.int32(head))
+                    for i in range(joiners):
+                        flag = int(told.first) if i == 0 else int(told.others) + i * told.step
+                        raised[flag, row, head, part] += 1
+                    if part - found[0] < joiners:
+                        joined[row, head] += 1
+                        first = int(meeting.heard(split, jnp.int32(part), jnp.int32(head)))
+                        for i, other in enumerate(found):
+                            heard[first + i, row, head, other] += 1
+    finally:
+        _split._MOST_JOINERS = kept
+    assert seen == Counter((row, part) for row, found in shared.items() for part in found)
+    assert raised == heard
+    assert set(raised.values()) <= {1}
+    assert len({flag for flag, *_ in raised}) == len(raised)  # a flag is for one pair
+    assert all(0 <= flag < meeting.flags for flag, *_ in raised)
+    assert set(joined) == {(row, head) for row in shared for head in range(kv_heads)}
