@@ -67,6 +67,8 @@ def await_flags(flags: Any, first: jax.Array, count: jax.Array, most: int) -> No
             with mgpu.when(_compare("slt", number, _scalar(count))):
                 address = _address(flags, arith.addi(_scalar(first), number))
                 _spin(lambda address=address: _is_lowered(address))
+                # Behind the loop: loads that acquire would each empty the multiprocessor's L1.
+                mgpu.utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
                 mgpu.utils.inline_ptx(
                     "st.relaxed.gpu.global.b64 [$0], $1;",
                     address, mgpu.c(0, ir.IntegerType.get_signless(64)), has_side_effects=True,
@@ -86,7 +88,7 @@ def _spin(again: Callable[[], Any]) -> None:
 
 def _is_lowered(address: Any) -> Any:
     found = mgpu.utils.inline_ptx(
-        "ld.acquire.gpu.global.b64 $0, [$1];",
+        "ld.relaxed.gpu.global.b64 $0, [$1];",
         address, result_types=ir.IntegerType.get_signless(64), has_side_effects=True,
     )  # fmt: skip
     return _compare("ne", found, _raised())

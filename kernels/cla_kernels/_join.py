@@ -9,11 +9,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from cla_kernels._split import most_joiners
 from cla_kernels._tuning import Tuning, tile_rows
 
 _NOTHING = -1e30  # the largest score of a stretch in which nothing is visible
 _THREADS = 128  # of a warpgroup
 _AHEAD = 17  # loads in flight: where several rows share 132 units, most take two turns
+_AHEAD_REGISTERS = 96  # that they take, of a thread's 255
 _TILE = plgpu.Layout.WGMMA
 _TILE_PARTS = 64  # which a tile in this layout has at least
 _TILE_COLUMNS = 64
@@ -31,7 +33,7 @@ class Cut(NamedTuple):
 def cut_rows(batch: int, kv_heads: int, rows: int, columns: int, tuning: Tuning) -> Cut:
     """As few rows a program as fill the warpgroup, or as keep the grid small.
 
-    Where the units join, as many groups as there are units to a row, if lengths are equal.
+    Where the units join, as many groups as a row has units that do, if lengths are equal.
 
     Args:
         batch: rows of the batch.
@@ -48,7 +50,9 @@ def cut_rows(batch: int, kv_heads: int, rows: int, columns: int, tuning: Tuning)
         return Cut(wanted_rows[0], 1, _TILE_PARTS)
     # Where rows are more than parts, most are one unit's, and their programs only end.
     joins, most = (batch * kv_heads, 16) if batch <= parts else (parts * kv_heads, 1)
-    most_groups = parts // batch + 1 if tuning.fused else most * tuning.units // joins
+    most_groups = most * tuning.units // joins
+    if tuning.fused:
+        most_groups = min(parts // batch + 1, most_joiners(kv_heads))
     for wanted in wanted_rows:
         for together in range(1, wanted + 1):
             width = together * columns
@@ -133,7 +137,8 @@ def _join_few(
     width = sums.shape[-1]
     columns = width // together
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // _THREADS, 4))
-    ahead = min(likely, _AHEAD)
+    held = 2 * together + width // _THREADS  # of a thread, for each load in flight
+    ahead = max(min(likely, _AHEAD, _AHEAD_REGISTERS // held), 1)
     column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
 
     def spread(scalars: list[jax.Array]) -> jax.Array:

@@ -8,6 +8,8 @@ these (`_combine`), launched while the first still runs; or (`Tuning.fused`) the
 once they have told one another (`_flags`).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,7 @@ from cla_kernels._join import cut_rows
 from cla_kernels._partial import partial_attention
 from cla_kernels._schedule import schedule
 from cla_kernels._shared import Cached
-from cla_kernels._split import Meeting
+from cla_kernels._split import Meeting, may_wait
 from cla_kernels._target import gpu_obstacle, target_device
 from cla_kernels._tuning import (
     MOST_COLUMNS,
@@ -147,7 +149,10 @@ def _attend(
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
     elif through_registers(H, cached.k.dtype):  # K is padded as it is loaded
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, tile_columns(H) - H)))
-    tuning = tuned(T * heads, H, cached.k.dtype, B * K, S, tuning)
+    given, tuning = tuning, tuned(T * heads, H, cached.k.dtype, B * K, S, tuning)
+    # A device that does not say how many multiprocessors it has may be a slice of one.
+    if given is None and not may_wait(getattr(target_device(), "core_count", 0), K):
+        tuning = dataclasses.replace(tuning, fused=False)
     plan = schedule(lengths, tuning.parts(K), S, tuning)
     cut = cut_rows(B, K, T * heads, tile_columns(H), tuning)
     found = partial_attention(

@@ -9,9 +9,21 @@ from jax import lax
 from cla_kernels._schedule import stored_blocks
 from cla_kernels._stretch import Walk
 
-# Of a row, of all its KV heads. They wait; where not all units find a place on the GPU at once,
-# those that do not wait make room, in the order of their numbers.
-_MOST_JOINERS = 32
+_MOST_JOINERS = 32  # of a row, of all its KV heads
+
+
+def most_joiners(kv_heads: int) -> int:
+    """Units of a KV head that may join one row."""
+    return max(_MOST_JOINERS // kv_heads, 1)
+
+
+def may_wait(multiprocessors: int, kv_heads: int) -> bool:
+    """Whether units can wait for one another on such a device (a slice of one, perhaps).
+
+    Units begin in the order of their numbers, and those that do not wait make room for others: all
+    goes on where there is more room than a row has joiners.
+    """
+    return multiprocessors > most_joiners(kv_heads) * kv_heads
 
 
 class Split(NamedTuple):
@@ -57,7 +69,7 @@ class Meeting(NamedTuple):
 
     def joiners(self, split: Split) -> jax.Array:
         """How many of a KV head's units join the row: its first."""
-        return jnp.minimum(split.parts, max(_MOST_JOINERS // self.kv_heads, 1))
+        return jnp.minimum(split.parts, most_joiners(self.kv_heads))
 
     def told(self, split: Split, part: jax.Array, head: jax.Array) -> Told:
         """What `part` raises for the joiners."""

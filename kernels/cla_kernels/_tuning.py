@@ -28,8 +28,9 @@ class Tuning:
             is a multiple of four.
         units: programs, one on a multiprocessor, at most (more KV heads: one of each); each reads
             a stretch of a KV head's order.
-        fused: whether the units join what they found themselves, not a second kernel; on a device
-            alone: units of the interpreter do not run side by side.
+        fused: whether the units join what they found themselves, not a second kernel; only on a
+            device where they may wait for one another (`_split.may_wait`), and not in the
+            interpreter, whose units do not run side by side.
         on_device: false for the interpreter, which has no initial accumulators and no overlap of
             launches.
 
