@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from cla_kernels import _split
 from cla_kernels._schedule import schedule
-from cla_kernels._split import Meeting, splits
+from cla_kernels._split import Meeting, Split, may_wait, splits
 from cla_kernels._stretch import Walk
 from cla_kernels._tuning import Tuning
 from hypothesis import given
@@ -68,3 +68,14 @@ def test_every_part_of_a_row_is_told_and_heard_once(
     assert len({flag for flag, *_ in raised}) == len(raised)  # a flag is for one pair
     assert all(0 <= flag < meeting.flags for flag, *_ in raised)
     assert set(joined) == {(row, head) for row in shared for head in range(kv_heads)}
+
+
+@given(st.integers(2, 132), st.integers(1, 80), st.integers(0, 132))
+def test_units_wait_only_where_all_joiners_of_a_row_leave_room(
+    parts: int, kv_heads: int, multiprocessors: int
+):
+    none = jnp.int32(0)
+    split = Split(none, none, jnp.int32(parts - 1), none, jnp.bool_(True))
+    joiners = int(Meeting(parts, kv_heads).joiners(split)) * kv_heads
+    assert joiners < multiprocessors or not may_wait(multiprocessors, kv_heads)
+    assert not may_wait(0, kv_heads)  # of a device that does not say how many it has
