@@ -149,7 +149,9 @@ def _attend(
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
     elif through_registers(H, cached.k.dtype):  # K is padded as it is loaded
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, tile_columns(H) - H)))
-    given, tuning = tuning, tuned(T * heads, H, cached.k.dtype, B * K, S, tuning)
+    given, tuning = tuning, tuned(
+        T * heads, H, cached.k.dtype, B * K, S, tuning, result_apart=rows.dtype != q.dtype
+    )
     # A device that does not say how many multiprocessors it has may be a slice of one.
     if given is None and not may_wait(getattr(target_device(), "core_count", 0), K):
         tuning = dataclasses.replace(tuning, fused=False)

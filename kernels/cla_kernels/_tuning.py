@@ -12,7 +12,8 @@ TILE_KEYS = 64  # and as many columns: what wgmma multiplies at a time
 MOST_ROWS = 64  # of queries to a KV head: T times query heads
 MOST_COLUMNS = 256
 REDUCTION_BYTES = 2048  # of shared memory, for each worker's reductions
-_SHARED_BYTES = 232_448 - REDUCTION_BYTES - 1024  # of a program; barriers take some
+_SHARED_BYTES = 232_448  # that a program may have
+_ALIGNED = 1024  # bytes: every array in it begins at a multiple
 _FEWEST_STAGES = 3
 _FEWEST_BUSY = 0.45  # of the units: with fewer, smaller tiles are faster
 
@@ -117,6 +118,8 @@ def tuned(
     row_heads: int,
     size: int,
     tuning: Tuning | None = None,
+    *,
+    result_apart: bool = False,
 ) -> Tuning:
     """The cut for so many rows of queries (measured: docs/results.md), with as many stages as fit.
 
@@ -127,10 +130,9 @@ def tuned(
         row_heads: batch rows times KV heads.
         size: `S`, keys of each.
         tuning: to be made fit; default by head dim and dtype.
+        result_apart: whether results are of another type than queries as they are multiplied.
     """
     rows, columns = tile_rows(rows), tile_columns(head_dim)
-    itemsize = jnp.dtype(kv_dtype).itemsize
-    eight_bit, copied = itemsize == 1, through_registers(head_dim, kv_dtype)
     if tuning is None:
         _, tuning = table_entry(head_dim, kv_dtype)
         block = tuning.block
@@ -148,22 +150,41 @@ def tuned(
     while block > most and block > TILE_KEYS:
         block = _half(block)
     while True:
-        fixed = (3 if eight_bit else 2) * rows * columns * 2  # queries, and results of another type
-        fixed += workers * (rows * block * 2 + block * columns * 2 * copied)
-        if workers > 1:  # for what they merge, and the second's reductions
-            fixed += rows * (columns + 2) * 4 + 2 * REDUCTION_BYTES
-        tile = block * columns * itemsize + block * 4 * eight_bit
-        stages = min(tuning.stages, (_SHARED_BYTES - fixed) // tile)
-        if workers > 1:
-            stages = stages // 4 * 4
-        if stages >= _FEWEST_STAGES:
-            return dataclasses.replace(tuning, block=block, stages=stages, workers=workers)
+        step = 4 if workers > 1 else 1
+        for stages in range(tuning.stages // step * step, _FEWEST_STAGES - 1, -step):
+            cut = dataclasses.replace(tuning, block=block, stages=stages, workers=workers)
+            if _shared_bytes(rows, head_dim, kv_dtype, cut, result_apart) <= _SHARED_BYTES:
+                return cut
         if block > TILE_KEYS:
             block = _half(block)
         elif workers > 1:
             workers = 1
         else:
             raise ValueError(f"{rows} rows of {columns} columns do not fit in shared memory")
+
+
+def _shared_bytes(
+    rows: int, head_dim: int, kv_dtype: jnp.dtype, cut: Tuning, result_apart: bool
+) -> int:
+    """That a program with this cut takes: `_shared.scratch`, and what reductions need."""
+    columns, itemsize = tile_columns(head_dim), jnp.dtype(kv_dtype).itemsize
+    block, stages, workers = cut.block, cut.stages, cut.workers
+    arrays = [
+        2 * rows * columns * 2,  # queries
+        stages * block * columns * itemsize,
+        workers * rows * block * 2,  # weights
+        REDUCTION_BYTES,
+    ]
+    if workers > 1:  # what they merge, and the second's reductions
+        arrays += [columns * rows * 4, rows * 4, rows * 4, REDUCTION_BYTES]
+    if through_registers(head_dim, kv_dtype):
+        arrays.append(workers * block * columns * 2)
+    if itemsize == 1:
+        arrays.append(stages * block * 4)  # scales
+    if result_apart:
+        arrays.append(rows * columns * 2)
+    barriers = 4 + 2 * stages + 2 * (workers > 1)
+    return sum(-(-array // _ALIGNED) * _ALIGNED for array in arrays) + 8 * barriers
 
 
 def _half(block: int) -> int:
