@@ -255,13 +255,14 @@ def main(options: Options) -> None:
         dtype = jax.numpy.dtype(DTYPES[shape.dtype])
         columns, entry = table_entry(shape.H, dtype)
         cuts = fitting(shape, asked)
-        firsts: dict[Any, str] = {}  # what several become is timed once
-        for name, cut in cuts.items():
-            firsts.setdefault(cut, name)
-        distinct = {name: cut for cut, name in firsts.items()}
         own = tuned(shape.N // shape.K, shape.H, dtype, shape.B * shape.K, shape.capacity)
         if options.smoke:
             own = dataclasses.replace(own, on_device=False)
+        firsts = {own: TABLE}  # what several become is timed once
+        for name, cut in cuts.items():
+            firsts.setdefault(cut, name)
+        distinct = {name: cut for cut, name in firsts.items() if name != TABLE}
+        if options.smoke:
             with jax.default_device(jax.devices("cpu")[0]):
                 found = interpreted(shape, {TABLE: own, **distinct})
         else:

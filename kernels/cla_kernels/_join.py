@@ -1,4 +1,4 @@
-"""How a row's partial results become its softmax attention: what whoever joins them does."""
+"""How a row's partial results become its softmax attention, in a kernel of its own."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,7 +9,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cla_kernels._split import most_joiners
 from cla_kernels._tuning import Tuning, tile_rows
 
 _NOTHING = -1e30  # the largest score of a stretch in which nothing is visible
@@ -33,8 +32,6 @@ class Cut(NamedTuple):
 def cut_rows(batch: int, kv_heads: int, rows: int, columns: int, tuning: Tuning) -> Cut:
     """As few rows a program as fill the warpgroup, or as keep the grid small.
 
-    Where the units join, as many groups as a row has units that do, if lengths are equal.
-
     Args:
         batch: rows of the batch.
         kv_heads: of a row.
@@ -51,8 +48,6 @@ def cut_rows(batch: int, kv_heads: int, rows: int, columns: int, tuning: Tuning)
     # Where rows are more than parts, most are one unit's, and their programs only end.
     joins, most = (batch * kv_heads, 16) if batch <= parts else (parts * kv_heads, 1)
     most_groups = most * tuning.units // joins
-    if tuning.fused:
-        most_groups = min(parts // batch + 1, most_joiners(kv_heads))
     for wanted in wanted_rows:
         for together in range(1, wanted + 1):
             width = together * columns

@@ -5,7 +5,7 @@ of a KV head, whoever's they are: the schedule comes from `lengths` alone, so XL
 step for all layers, and rows of any lengths keep the device busy. A row that a unit reads whole is
 done; what it finds of others is a partial result (`_partial`). A second, small kernel combines
 these (`_combine`), launched while the first still runs; or (`Tuning.fused`) the units join them
-once they have told one another (`_flags`).
+from what they hand one another (`_words`).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from cla_kernels._join import cut_rows
 from cla_kernels._partial import partial_attention
 from cla_kernels._schedule import schedule
 from cla_kernels._shared import Cached
-from cla_kernels._split import Meeting, may_wait
+from cla_kernels._split import may_wait
 from cla_kernels._target import gpu_obstacle, target_device
 from cla_kernels._tuning import (
     MOST_COLUMNS,
@@ -30,6 +30,7 @@ from cla_kernels._tuning import (
     tile_rows,
     tuned,
 )
+from cla_kernels._words import BYTES, Handed
 
 _TINY_BYTES = 2**20  # of a layer's K and V
 
@@ -94,8 +95,9 @@ def workspace_bytes(query_heads: int, kv_heads: int, head_dim: int) -> int:
     tuning, heads, columns = Tuning(), query_heads // kv_heads, tile_columns(head_dim)
     spare = cut_rows(1, kv_heads, heads, columns, tuning).spare
     stretches = 2 * (tuning.parts(kv_heads) + spare) * kv_heads
-    flags = 8 * Meeting(tuning.parts(kv_heads), kv_heads).flags if tuning.fused else 0
-    return stretches * tile_rows(heads) * (columns + 2) * 4 + flags
+    if tuning.fused:
+        return stretches * Handed(columns, tile_rows(heads)).words * BYTES
+    return stretches * tile_rows(heads) * (columns + 2) * 4
 
 
 def decode_attention(
@@ -149,9 +151,8 @@ def _attend(
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
     elif through_registers(H, cached.k.dtype):  # K is padded as it is loaded
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, tile_columns(H) - H)))
-    given, tuning = tuning, tuned(
-        T * heads, H, cached.k.dtype, B * K, S, tuning, result_apart=rows.dtype != q.dtype
-    )
+    given, apart = tuning, rows.dtype != q.dtype
+    tuning = tuned(T * heads, H, cached.k.dtype, B * K, S, tuning, result_apart=apart)
     # A device that does not say how many multiprocessors it has may be a slice of one.
     if given is None and not may_wait(getattr(target_device(), "core_count", 0), K):
         tuning = dataclasses.replace(tuning, fused=False)

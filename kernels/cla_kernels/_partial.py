@@ -6,6 +6,7 @@ on.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cla_kernels._flags import WORDS, await_flags, raise_flags
-from cla_kernels._join import Cut, Found, by_group, join
+from cla_kernels._join import Cut, Found
 from cla_kernels._schedule import Schedule
 from cla_kernels._shared import Cached, Problem, Shared, scratch
+from cla_kernels._softmax import Found as OfStretch
 from cla_kernels._softmax import attend, give, normalised, take
-from cla_kernels._split import Meeting, Split, splits
+from cla_kernels._split import Split, splits
 from cla_kernels._stretch import Stretch, Walk
 from cla_kernels._tuning import REDUCTION_BYTES, Tuning
+from cla_kernels._words import Handed, hand_over, join
 
 
 class _Inputs(NamedTuple):
@@ -90,7 +92,7 @@ def partial_attention(
     parts = plan.parts.shape[0]
     found = 2 * (parts + cut.spare) * K
     k, v = (a.reshape(G * B, S, K, H) for a in (cached.k, cached.v))
-    meeting, likely = Meeting(parts, K), parts // B + 2
+    handed = Handed(width, rows)
     scales = [a.reshape(G * B, K, S) for a in (cached.k_scale, cached.v_scale) if a is not None]
 
     def kernel(*refs: Any) -> None:
@@ -98,7 +100,7 @@ def partial_attention(
         n = 3 + len(scales)
         m = n + len(plan) + 1
         inputs = _Inputs(refs[0], refs[1:3], refs[3:n], Schedule(*refs[n : m - 1]), refs[m - 1])
-        outputs, shared = Found(*refs[m : m + 3]), refs[-1]
+        done, left, shared = refs[m], refs[m + 1 : -1], refs[-1]
         unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
         if tuning.on_device:
             plgpu.griddepcontrol_wait()
@@ -108,9 +110,19 @@ def partial_attention(
         box = pl.ds(start, rows), pl.ds(start, width)
         part, head = lax.div(unit, jnp.int32(K)), lax.rem(unit, jnp.int32(K))
         walk = Walk.of(inputs.plan, part, S, tuning.block)
+
+        def leave(tile: jax.Array, found: OfStretch) -> None:
+            if tuning.fused:
+                return hand_over(left[0], tile, found, handed)
+            sums, statistics = left
+            statistics.at[tile, 0][...] = found.largest
+            statistics.at[tile, 1][...] = found.weight
+            sums.at[tile].T[...] = plgpu.layout_cast(found.sums, plgpu.Layout.WGMMA_TRANSPOSED)
+
         multiply = functools.partial(
-            _multiply, problem, shared, outputs, walk, unit=unit, head=head, heads=K, box=box, wg=wg
-        )
+            _multiply, problem, shared, done, leave, walk,
+            unit=unit, head=head, heads=K, box=box, wg=wg,
+        )  # fmt: skip
 
         def others(*_: Any) -> None:
             for worker in range(1, workers):
@@ -132,15 +144,15 @@ def partial_attention(
                 return multiply(0)
             both = splits(walk)  # read while the first tiles are loaded
             multiply(0)
-            _join(outputs, refs[m + 3], both, part, head, meeting=meeting, likely=likely, cut=cut)
+            for split in both:
+                _join(left[0], done, split, part, head, heads=K, handed=handed)
 
-    out_types = [
-        jax.ShapeDtypeStruct((B * K, cut.rows, width), result_dtype),
-        jax.ShapeDtypeStruct((found, rows, width), jnp.float32),
-        jax.ShapeDtypeStruct((found, 2, rows), jnp.float32),
-    ]
+    out_types = [jax.ShapeDtypeStruct((B * K, cut.rows, width), result_dtype)]
     if tuning.fused:
-        out_types.append(jax.ShapeDtypeStruct((meeting.flags, WORDS), jnp.int32))
+        out_types.append(jax.ShapeDtypeStruct((2 * parts * K * handed.words, 4), jnp.int32))
+    else:
+        out_types.append(jax.ShapeDtypeStruct((found, rows, width), jnp.float32))
+        out_types.append(jax.ShapeDtypeStruct((found, 2, rows), jnp.float32))
     results = plgpu.kernel(
         kernel,
         out_type=out_types,
@@ -151,11 +163,12 @@ def partial_attention(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, *scales, *plan, jnp.asarray(layer, jnp.int32).reshape(1))
-    return Found(*results[:3])
+    return Found(results[0], None, None) if tuning.fused else Found(*results)
 
 
 def _multiply(
-    problem: Problem, shared: Shared, outputs: Found, walk: Walk, worker: int, *,
+    problem: Problem, shared: Shared, done: Any, leave: Callable[[jax.Array, OfStretch], None],
+    walk: Walk, worker: int, *,
     unit: jax.Array, head: jax.Array, heads: int, box: tuple[Any, Any], wg: jax.Array,
 ) -> None:  # fmt: skip
     """A multiplying warpgroup; the first of them writes what is found."""
@@ -178,19 +191,14 @@ def _multiply(
             place = shared.q.at[slot] if shared.result is None else shared.result
             place.T[...] = normalised(found).astype(problem.result_dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(place, outputs.done.at[stretch.row * heads + head, *box])
+            plgpu.copy_smem_to_gmem(place, done.at[stretch.row * heads + head, *box])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         plgpu.barrier_arrive(shared.q_empty.at[slot])
 
         @pl.when(jnp.logical_not(stretch.alone))
         def _leave() -> None:
-            index = 2 * unit + (stretch.number > 0).astype(jnp.int32)
-            outputs.statistics.at[index, 0][...] = found.largest
-            outputs.statistics.at[index, 1][...] = found.weight
-            outputs.sums.at[index].T[...] = plgpu.layout_cast(
-                found.sums, plgpu.Layout.WGMMA_TRANSPOSED
-            )
+            leave(2 * unit + (stretch.number > 0).astype(jnp.int32), found)
 
     stretches, _ = walk.visit(stretch)
     if worker > 0:  # nobody may leave with an arrival outstanding
@@ -244,28 +252,16 @@ def _load(
 
 
 def _join(
-    outputs: Found, flags: Any, both: tuple[Split, Split], part: jax.Array, head: jax.Array, *,
-    meeting: Meeting, likely: int, cut: Cut,
+    words: Any, done: Any, split: Split, part: jax.Array, head: jax.Array, *,
+    heads: int, handed: Handed,
 ) -> None:  # fmt: skip
-    """The first multiplying warpgroup, once its unit has read all: it tells, waits and joins.
+    """The first multiplying warpgroup, once its unit has handed over all that it found."""
+    number, joiners = part - split.first, split.joiners(heads)
 
-    Nobody waits who has not told before.
-    """
-    found, groups = by_group(outputs, meeting.kv_heads, cut)
-    for split in both:
-        told = meeting.told(split, part, head)
-        pl.when(split.exists)(functools.partial(raise_flags, flags, *told, meeting.joiners(split)))
-    for split in both:
-        number, joiners = part - split.first, meeting.joiners(split)
-
-        def here(split: Split = split, number: Any = number, joiners: Any = joiners) -> None:
-            await_flags(flags, meeting.heard(split, part, head), split.parts, meeting.parts)
-
-            @pl.loop(0, lax.div(groups - number + joiners - 1, joiners))
-            def _(turn: jax.Array) -> None:
-                join(
-                    found, split.row, head, number + turn * joiners, split.first, split.last,
-                    split.behind, kv_heads=meeting.kv_heads, cut=cut, likely=likely,
-                )  # fmt: skip
-
-        pl.when(split.exists & (number < joiners))(here)
+    @pl.when(split.exists & (number < joiners))
+    def _here() -> None:
+        join(
+            words, done, handed, first=2 * (split.first * heads + head), step=2 * heads,
+            behind=split.behind, parts=split.parts, number=number, joiners=joiners,
+            row=split.row * heads + head,
+        )  # fmt: skip

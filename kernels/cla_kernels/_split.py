@@ -1,4 +1,4 @@
-"""Rows that several units read: who joins them, and who tells whom that its part is there."""
+"""Rows that several units read: which these are, and who joins them."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from jax import lax
 from cla_kernels._schedule import stored_blocks
 from cla_kernels._stretch import Walk
 
-_MOST_JOINERS = 32  # of a row, of all its KV heads
+_MOST_JOINERS = 64  # of a row, of all its KV heads
 
 
 def most_joiners(kv_heads: int) -> int:
@@ -29,7 +29,7 @@ def may_wait(multiprocessors: int, kv_heads: int) -> bool:
 class Split(NamedTuple):
     """A row that several parts read, as one of them sees it: int32 scalars.
 
-    Its first parts join it, each some of the rows of queries; all tell each of these.
+    Its first parts join it, each a share of the results.
     """
 
     row: jax.Array  # of the batch
@@ -43,43 +43,9 @@ class Split(NamedTuple):
         """How many read of it."""
         return self.last - self.first + 1
 
-
-class Told(NamedTuple):
-    """The flags that a part raises for a row's joiners: int32 scalars."""
-
-    first: jax.Array  # that of the first joiner
-    others: jax.Array  # where those of the others would begin, `step` apart, if it were one of them
-    step: int
-
-
-class Meeting(NamedTuple):
-    """Where flags lie: of each part of each KV head, those by which it hears of two rows' parts.
-
-    The first `parts` are of a row that began in an earlier part, the others of one that began in
-    this.
-    """
-
-    parts: int
-    kv_heads: int
-
-    @property
-    def flags(self) -> int:
-        """In all."""
-        return 2 * self.parts * self.parts * self.kv_heads
-
-    def joiners(self, split: Split) -> jax.Array:
+    def joiners(self, kv_heads: int) -> jax.Array:
         """How many of a KV head's units join the row: its first."""
-        return jnp.minimum(split.parts, most_joiners(self.kv_heads))
-
-    def told(self, split: Split, part: jax.Array, head: jax.Array) -> Told:
-        """What `part` raises for the joiners."""
-        others = 2 * self.parts * (split.first * self.kv_heads + head) + part - split.first
-        return Told(others + self.parts, others, 2 * self.parts * self.kv_heads)
-
-    def heard(self, split: Split, part: jax.Array, head: jax.Array) -> jax.Array:
-        """The first of `split.parts` flags in a row that a joiner waits for."""
-        own = (part == split.first).astype(jnp.int32)
-        return self.parts * (2 * (part * self.kv_heads + head) + own)
+        return jnp.minimum(self.parts, most_joiners(kv_heads))
 
 
 def splits(walk: Walk) -> tuple[Split, Split]:
