@@ -8,10 +8,9 @@
 A cut `128x6x1` is tiles of 128 keys, 6 of them in flight, 1 warpgroup that multiplies (see
 `cla_kernels._tuning.Tuning`). Each that is asked for is first made fit, as the kernel does it:
 fewer stages where shared memory ends. Where its tiles would have to be smaller too, or its workers
-fewer, the shape is not timed with it. `table+` is the table's with units that join what they found
-themselves, where otherwise a second kernel does. Every result is compared with float32; what is
-right is timed as the benchmark does it, in turns beside the table's own cut and cuDNN, so that a
-change of the clock meets all of them.
+fewer, the shape is not timed with it. Every result is compared with float32; what is right is timed
+as the benchmark does it, in turns beside the table's own cut and cuDNN, so that a change of the
+clock meets all of them.
 
 In the end, for each entry of the table (16 or 8 bits, and the most columns of a head): the cuts
 that were timed on all its shapes, by the geometric mean of their speed against the table's. Half a
@@ -35,7 +34,7 @@ from decode_report import geometric_mean
 from decode_run import TOLERANCE, relative_error
 from decode_shapes import Shape, select, standard_shapes
 
-TABLE, FUSED, PEER = "table", "table+", "cudnn"
+TABLE, PEER = "table", "cudnn"
 SMOKE = Shape(2, 136, 4, 1, 64)
 SHAPES = (
     "B1-S131072-N16-K1-H128-bf16", "B64-S4096-N16-K1-H128-bf16", "B256-S8192-N16-K1-H128-bf16",
@@ -58,8 +57,6 @@ class Options:
     """Tiles in flight, at most."""
     workers: tuple[int, ...] = (1, 2)
     """Warpgroups that multiply; of two, only numbers of stages that 4 divides are tried."""
-    fused: bool = True
-    """Also the table's cut with units that join what they found themselves."""
     rounds: int = 3
     """Times that each cut is timed, in turns; their median counts."""
     threads: int = min(12, os.cpu_count() or 1)
@@ -86,7 +83,7 @@ class Found:
 
 def label(cut: Any) -> str:
     """Of a `Tuning`."""
-    return f"{cut.block}x{cut.stages}x{cut.workers}{'+' * cut.fused}"
+    return f"{cut.block}x{cut.stages}x{cut.workers}"
 
 
 def grid(options: Options) -> list[Any]:
@@ -266,8 +263,7 @@ def main(options: Options) -> None:
             with jax.default_device(jax.devices("cpu")[0]):
                 found = interpreted(shape, {TABLE: own, **distinct})
         else:
-            fused = {FUSED: dataclasses.replace(own, fused=True)} if options.fused else {}
-            contestants = {TABLE: "mosaic_gpu", PEER: PEER, **fused, **distinct}
+            contestants = {TABLE: "mosaic_gpu", PEER: PEER, **distinct}
             found = contest(shape, contestants, Timing(), options.rounds, options.threads)
         print(table(shape, found), flush=True)
         if options.smoke:

@@ -1,24 +1,19 @@
-"""Decode attention on Hopper, in Pallas on Mosaic GPU: one kernel or two, and a schedule.
+"""Decode attention on Hopper, in Pallas on Mosaic GPU: two kernels and a schedule.
 
 Every unit, a program on each multiprocessor, reads a contiguous stretch of all rows' valid blocks
 of a KV head, whoever's they are: the schedule comes from `lengths` alone, so XLA computes it once a
 step for all layers, and rows of any lengths keep the device busy. A row that a unit reads whole is
 done; what it finds of others is a partial result (`_partial`). A second, small kernel combines
-these (`_combine`), launched while the first still runs; or (`Tuning.fused`) the units join them
-from what they hand one another (`_words`).
+these (`_combine`), launched while the first still runs.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from cla_kernels._combine import combine
-from cla_kernels._join import cut_rows
+from cla_kernels._combine import combine, cut_rows
 from cla_kernels._partial import partial_attention
 from cla_kernels._schedule import schedule
 from cla_kernels._shared import Cached
-from cla_kernels._split import may_wait
 from cla_kernels._target import gpu_obstacle, target_device
 from cla_kernels._tuning import (
     MOST_COLUMNS,
@@ -30,7 +25,6 @@ from cla_kernels._tuning import (
     tile_rows,
     tuned,
 )
-from cla_kernels._words import BYTES, Handed
 
 _TINY_BYTES = 2**20  # of a layer's K and V
 
@@ -95,8 +89,6 @@ def workspace_bytes(query_heads: int, kv_heads: int, head_dim: int) -> int:
     tuning, heads, columns = Tuning(), query_heads // kv_heads, tile_columns(head_dim)
     spare = cut_rows(1, kv_heads, heads, columns, tuning).spare
     stretches = 2 * (tuning.parts(kv_heads) + spare) * kv_heads
-    if tuning.fused:
-        return stretches * Handed(columns, tile_rows(heads)).words * BYTES
     return stretches * tile_rows(heads) * (columns + 2) * 4
 
 
@@ -151,17 +143,14 @@ def _attend(
         rows = rows.astype(jnp.bfloat16)  # as float16, weights times scales would underflow
     elif through_registers(H, cached.k.dtype):  # K is padded as it is loaded
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, tile_columns(H) - H)))
-    given, apart = tuning, rows.dtype != q.dtype
+    apart = rows.dtype != q.dtype
     tuning = tuned(T * heads, H, cached.k.dtype, B * K, S, tuning, result_apart=apart)
-    # A device that does not say how many multiprocessors it has may be a slice of one.
-    if given is None and not may_wait(getattr(target_device(), "core_count", 0), K):
-        tuning = dataclasses.replace(tuning, fused=False)
     plan = schedule(lengths, tuning.parts(K), S, tuning)
     cut = cut_rows(B, K, T * heads, tile_columns(H), tuning)
     found = partial_attention(
-        rows, cached, plan, layer, queries=T, heads=heads, scale=scale, cut=cut,
-        result_dtype=q.dtype, tuning=tuning,
+        rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=cut.rows,
+        spare=cut.spare, result_dtype=q.dtype, tuning=tuning,
     )  # fmt: skip
-    out = found.done if tuning.fused else combine(found, plan, cut=cut, tuning=tuning)
+    out = combine(*found, plan, cut=cut, tuning=tuning)
     out = out[:, : T * heads, :H]
     return out.reshape(B, K, T, heads, H).swapaxes(1, 2).reshape(B, T, N, H)

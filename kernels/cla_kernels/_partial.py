@@ -6,7 +6,6 @@ on.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cla_kernels._join import Cut, Found
 from cla_kernels._schedule import Schedule
 from cla_kernels._shared import Cached, Problem, Shared, scratch
-from cla_kernels._softmax import Found as OfStretch
 from cla_kernels._softmax import attend, give, normalised, take
-from cla_kernels._split import Split, splits
 from cla_kernels._stretch import Stretch, Walk
 from cla_kernels._tuning import REDUCTION_BYTES, Tuning
-from cla_kernels._words import Handed, hand_over, join
 
 
 class _Inputs(NamedTuple):
@@ -36,10 +31,18 @@ class _Inputs(NamedTuple):
     layer: Any  # [1]
 
 
+class _Outputs(NamedTuple):
+    """Likewise; see `partial_attention`."""
+
+    done: Any
+    sums: Any
+    statistics: Any
+
+
 # Jitted, so that a model's layers trace and lower it once.
 @functools.partial(
     jax.jit,
-    static_argnames=("queries", "heads", "scale", "cut", "result_dtype", "tuning"),
+    static_argnames=("queries", "heads", "scale", "written", "spare", "result_dtype", "tuning"),
 )
 def partial_attention(
     q: jax.Array,
@@ -50,17 +53,16 @@ def partial_attention(
     queries: int,
     heads: int,
     scale: float,
-    cut: Cut,
+    written: int,
+    spare: int,
     result_dtype: jnp.dtype,
     tuning: Tuning,
-) -> Found:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Every unit's softmax over its stretch of every row that it reads.
 
     Unit `p * K + head` is part `p` of a KV head. A row that it reads whole is done. Of others it
     leaves at most two partial results: `2 * unit` of the first row that it reads, and
-    `2 * unit + 1` of another, which goes on behind it. With `tuning.fused` the units join these,
-    each some of the rows of queries, once all that read of the row have said so; else
-    `_combine.combine` does.
+    `2 * unit + 1` of another, which goes on behind it.
 
     Args:
         q: `[B, K, queries * heads, H]`, at most 64 rows to a KV head, in the type in which tiles
@@ -71,16 +73,16 @@ def partial_attention(
         queries: `T` of a row, the last of which sees `lengths` keys.
         heads: query heads of a KV head.
         scale: of the scores, positive.
-        cut: rows of a result, and how they are joined.
+        written: rows of a result: those of `q`, or whole tiles of them.
+        spare: parts for which there is room behind the `P`.
         result_dtype: of a result.
         tuning: how the work is cut.
 
     Returns:
-        Results `[B * K, rows, C]`, `C` the head dim in whole tiles, of all rows, or (not
-        `tuning.fused`) of what is done alone; and float32: sums of values `[2 * P * K, R, C]`, `R`
-        the rows in whole tiles, and their largest score (times log2 e) and sum of weights,
-        `[2 * P * K, 2, R]`. What nobody has found is not written. Spare parts lie behind them,
-        never written.
+        Results `[B * K, written, C]` of what is done alone, `C` the head dim in whole tiles; and
+        float32: sums of values `[2 * P * K, R, C]`, `R` the rows in whole tiles, and their largest
+        score (times log2 e) and sum of weights, `[2 * P * K, 2, R]`. What nobody has found is not
+        written. `spare` parts lie behind them, never written.
     """
     B, K = q.shape[:2]
     G, _, S, _, H = cached.k.shape
@@ -90,17 +92,16 @@ def partial_attention(
     )  # fmt: skip
     rows, width, workers = problem.rows, problem.width, tuning.workers
     parts = plan.parts.shape[0]
-    found = 2 * (parts + cut.spare) * K
+    found = 2 * (parts + spare) * K
     k, v = (a.reshape(G * B, S, K, H) for a in (cached.k, cached.v))
-    handed = Handed(width, rows)
     scales = [a.reshape(G * B, K, S) for a in (cached.k_scale, cached.v_scale) if a is not None]
 
     def kernel(*refs: Any) -> None:
-        # The joins are not read here: a second kernel reads them before it waits for this one.
+        # The joins are not read here: the second kernel reads them before it waits for this one.
         n = 3 + len(scales)
         m = n + len(plan) + 1
         inputs = _Inputs(refs[0], refs[1:3], refs[3:n], Schedule(*refs[n : m - 1]), refs[m - 1])
-        done, left, shared = refs[m], refs[m + 1 : -1], refs[-1]
+        outputs, shared = _Outputs(*refs[m : m + 3]), refs[m + 3]
         unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
         if tuning.on_device:
             plgpu.griddepcontrol_wait()
@@ -110,19 +111,9 @@ def partial_attention(
         box = pl.ds(start, rows), pl.ds(start, width)
         part, head = lax.div(unit, jnp.int32(K)), lax.rem(unit, jnp.int32(K))
         walk = Walk.of(inputs.plan, part, S, tuning.block)
-
-        def leave(tile: jax.Array, found: OfStretch) -> None:
-            if tuning.fused:
-                return hand_over(left[0], tile, found, handed)
-            sums, statistics = left
-            statistics.at[tile, 0][...] = found.largest
-            statistics.at[tile, 1][...] = found.weight
-            sums.at[tile].T[...] = plgpu.layout_cast(found.sums, plgpu.Layout.WGMMA_TRANSPOSED)
-
         multiply = functools.partial(
-            _multiply, problem, shared, done, leave, walk,
-            unit=unit, head=head, heads=K, box=box, wg=wg,
-        )  # fmt: skip
+            _multiply, problem, shared, outputs, walk, unit=unit, head=head, heads=K, box=box, wg=wg
+        )
 
         def others(*_: Any) -> None:
             for worker in range(1, workers):
@@ -137,25 +128,15 @@ def partial_attention(
             # is allocated here, and not used, gives each worker its own.
             unused = plgpu.SMEM((REDUCTION_BYTES // 4,), jnp.float32)
             pl.run_scoped(others, unused, collective_axes="wg")
+        pl.when(wg == 0)(functools.partial(multiply, 0))
 
-        @pl.when(wg == 0)
-        def _first() -> None:
-            if not tuning.fused:
-                return multiply(0)
-            both = splits(walk)  # read while the first tiles are loaded
-            multiply(0)
-            for split in both:
-                _join(left[0], done, split, part, head, heads=K, handed=handed)
-
-    out_types = [jax.ShapeDtypeStruct((B * K, cut.rows, width), result_dtype)]
-    if tuning.fused:
-        out_types.append(jax.ShapeDtypeStruct((2 * parts * K * handed.words, 4), jnp.int32))
-    else:
-        out_types.append(jax.ShapeDtypeStruct((found, rows, width), jnp.float32))
-        out_types.append(jax.ShapeDtypeStruct((found, 2, rows), jnp.float32))
-    results = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
-        out_type=out_types,
+        out_type=(
+            jax.ShapeDtypeStruct((B * K, written, width), result_dtype),
+            jax.ShapeDtypeStruct((found, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((found, 2, rows), jnp.float32),
+        ),
         scratch_types=[scratch(problem)],
         grid=(parts * K,),
         grid_names=("unit",),
@@ -163,12 +144,10 @@ def partial_attention(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, *scales, *plan, jnp.asarray(layer, jnp.int32).reshape(1))
-    return Found(results[0], None, None) if tuning.fused else Found(*results)
 
 
 def _multiply(
-    problem: Problem, shared: Shared, done: Any, leave: Callable[[jax.Array, OfStretch], None],
-    walk: Walk, worker: int, *,
+    problem: Problem, shared: Shared, outputs: _Outputs, walk: Walk, worker: int, *,
     unit: jax.Array, head: jax.Array, heads: int, box: tuple[Any, Any], wg: jax.Array,
 ) -> None:  # fmt: skip
     """A multiplying warpgroup; the first of them writes what is found."""
@@ -191,14 +170,19 @@ def _multiply(
             place = shared.q.at[slot] if shared.result is None else shared.result
             place.T[...] = normalised(found).astype(problem.result_dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(place, done.at[stretch.row * heads + head, *box])
+            plgpu.copy_smem_to_gmem(place, outputs.done.at[stretch.row * heads + head, *box])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         plgpu.barrier_arrive(shared.q_empty.at[slot])
 
         @pl.when(jnp.logical_not(stretch.alone))
         def _leave() -> None:
-            leave(2 * unit + (stretch.number > 0).astype(jnp.int32), found)
+            index = 2 * unit + (stretch.number > 0).astype(jnp.int32)
+            outputs.statistics.at[index, 0][...] = found.largest
+            outputs.statistics.at[index, 1][...] = found.weight
+            outputs.sums.at[index].T[...] = plgpu.layout_cast(
+                found.sums, plgpu.Layout.WGMMA_TRANSPOSED
+            )
 
     stretches, _ = walk.visit(stretch)
     if worker > 0:  # nobody may leave with an arrival outstanding
@@ -249,19 +233,3 @@ def _load(
     @pl.loop(jnp.maximum(stretches - 2, 0), stretches)
     def _(number: jax.Array) -> None:
         plgpu.barrier_wait(shared.q_empty.at[lax.rem(number, jnp.int32(2))])
-
-
-def _join(
-    words: Any, done: Any, split: Split, part: jax.Array, head: jax.Array, *,
-    heads: int, handed: Handed,
-) -> None:  # fmt: skip
-    """The first multiplying warpgroup, once its unit has handed over all that it found."""
-    number, joiners = part - split.first, split.joiners(heads)
-
-    @pl.when(split.exists & (number < joiners))
-    def _here() -> None:
-        join(
-            words, done, handed, first=2 * (split.first * heads + head), step=2 * heads,
-            behind=split.behind, parts=split.parts, number=number, joiners=joiners,
-            row=split.row * heads + head,
-        )  # fmt: skip

@@ -29,9 +29,6 @@ class Tuning:
             is a multiple of four.
         units: programs, one on a multiprocessor, at most (more KV heads: one of each); each reads
             a stretch of a KV head's order.
-        fused: whether the units join what they found themselves, not a second kernel; only on a
-            device where they may wait for one another (`_split.may_wait`), and not in the
-            interpreter, whose units do not run side by side.
         on_device: false for the interpreter, which has no initial accumulators and no overlap of
             launches.
 
@@ -43,7 +40,6 @@ class Tuning:
     stages: int = 5
     workers: int = 1
     units: int = 132
-    fused: bool = False
     on_device: bool = True
 
     def __post_init__(self) -> None:
@@ -64,8 +60,6 @@ class Tuning:
             )
         if self.units < 1:
             raise ValueError(f"units {self.units}: expected at least 1")
-        if self.fused and not self.on_device:
-            raise ValueError("fused without on_device: the interpreter's units cannot wait")
 
     def parts(self, kv_heads: int) -> int:
         """Units of a KV head."""
