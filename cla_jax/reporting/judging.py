@@ -4,12 +4,13 @@ Runs are compared by the logarithms of perplexities, which are losses in nats: a
 is one per cent of perplexity, ours or the paper's.
 """
 
-import bisect
 import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
+
+from scipy import special
 
 from cla_jax.reporting.claims import Claim, Pair, Samples
 
@@ -42,18 +43,12 @@ class Noise(NamedTuple):
 
     @property
     def quantile(self) -> float:
-        """Student's t: how many standard errors a difference must have to count."""
-        return _T[bisect.bisect_right(_T_DEGREES, self.degrees) - 1]
+        """Student's t, two-sided at 95 %: standard errors that a difference must have to count."""
+        return float(special.stdtrit(self.degrees, 0.975))
 
     def least(self, n: int, m: int) -> float:
         """The least difference that counts between the means of n and m runs, nats."""
         return self.quantile * self.deviation * math.sqrt(1 / n + 1 / m)
-
-
-# Student's t, two-sided at 95 %; between its rows the next above, which asks for more.
-_T_DEGREES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 60)
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.179, 2.131, 2.086,
-      2.042, 2.000)  # fmt: skip
 
 
 def noise_of(losses: Iterable[Sequence[float]]) -> Noise | None:

@@ -130,7 +130,7 @@ def to_do(
     return [(shape, missing) for shape, missing in wanted if missing]
 
 
-def measured(out: Path) -> list[Row]:
+def rows_of(out: Path) -> list[Row]:
     """The rows that are in `out`."""
     csv = out / "results.csv"
     return report.read(csv) if csv.exists() else []
@@ -142,7 +142,7 @@ def earlier(out: Path, shapes: Sequence[Shape]) -> None:
     if not running.exists():
         return
     name, _, implementation = running.read_text("utf-8").strip().partition(" ")
-    timed = {row.key for row in measured(out) if row.microseconds}
+    timed = {row.key for row in rows_of(out) if row.microseconds}
     for shape in shapes:
         if shape.name == name and (shape, implementation) not in timed:
             note = "the run ended while this ran; --retry tries again"
@@ -182,7 +182,7 @@ def measure(
             2e-4, 1e-3, 3, agree=10.0, rotation=40_000, most_layers=3, step=4, rate=1e9, fewest=1e-4
         )
     print(f"# {device.device_kind}, jax {jax.__version__}", flush=True)
-    names, done = available(names), measured(options.out)
+    names, done = available(names), rows_of(options.out)
     wanted = to_do(shapes, names, done, options.retry)
     print(f"# {len(shapes)} shapes, {sum(len(missing) for _, missing in wanted)} rows to measure, "
           f"{len(done)} there already", flush=True)  # fmt: skip
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"# stopped after {options.deadline:.0f} s; run this again to go on", flush=True)
     for name in (TURNS, CEILING):
         (options.out / name).unlink(missing_ok=True)
-    write_report(measured(options.out), options.out)
+    write_report(rows_of(options.out), options.out)
     return status
 
 
