@@ -5,12 +5,12 @@
     ... --blocks 64 128 --stages 4 8 12 --workers 2
     ... --smoke                                       # two cuts in the interpreter, anywhere
 
-A cut `128x6x1` is tiles of 128 keys, 6 of them in flight, 1 warpgroup that multiplies (see
-`cla_kernels._tuning.Tuning`). Each that is asked for is first made fit, as the kernel does it:
-fewer stages where shared memory ends. Where its tiles would have to be smaller too, or its workers
-fewer, the shape is not timed with it. Every result is compared with float32; what is right is timed
-as the benchmark does it, in turns beside the table's own cut and cuDNN, so that a change of the
-clock meets all of them.
+A cut `128x6x1` is tiles of 128 keys, 6 of them in flight, 1 warpgroup that multiplies; `128x6x1w`
+is the same, of which no row is cut (see `cla_kernels._tuning.Tuning`). Each that is asked for is
+first made fit, as the kernel does it: fewer stages where shared memory ends. Where its tiles would
+have to be smaller too, or its workers fewer, the shape is not timed with it. Every result is
+compared with float32; what is right is timed as the benchmark does it, in turns beside the table's
+own cut and cuDNN, so that a change of the clock meets all of them.
 
 In the end, for each entry of the table (16 or 8 bits, and the most columns of a head): the cuts
 that were timed on all its shapes, by the geometric mean of their speed against the table's. Half a
@@ -57,6 +57,8 @@ class Options:
     """Tiles in flight, at most."""
     workers: tuple[int, ...] = (1, 2)
     """Warpgroups that multiply; of two, only numbers of stages that 4 divides are tried."""
+    whole: tuple[bool, ...] = (False,)
+    """Whether rows are left whole: for short caches, `--whole True False` tries both."""
     rounds: int = 3
     """Times that each cut is timed, in turns; their median counts."""
     threads: int = min(12, os.cpu_count() or 1)
@@ -83,7 +85,7 @@ class Found:
 
 def label(cut: Any) -> str:
     """Of a `Tuning`."""
-    return f"{cut.block}x{cut.stages}x{cut.workers}"
+    return f"{cut.block}x{cut.stages}x{cut.workers}{'w' * cut.whole}"
 
 
 def grid(options: Options) -> list[Any]:
@@ -95,9 +97,11 @@ def grid(options: Options) -> list[Any]:
     from cla_kernels._tuning import Tuning
 
     found = [
-        Tuning(block=block, stages=stages, workers=workers, on_device=not options.smoke)
-        for block, stages, workers in itertools.product(
-            options.blocks, options.stages, options.workers
+        Tuning(
+            block=block, stages=stages, workers=workers, whole=whole, on_device=not options.smoke
+        )
+        for block, stages, workers, whole in itertools.product(
+            options.blocks, options.stages, options.workers, options.whole
         )
         if workers == 1 or stages % 4 == 0
     ]

@@ -151,6 +151,6 @@ def _attend(
         rows, cached, plan, layer, queries=T, heads=heads, scale=scale, written=cut.rows,
         spare=cut.spare, result_dtype=q.dtype, tuning=tuning,
     )  # fmt: skip
-    out = combine(*found, plan, cut=cut, tuning=tuning)
+    out = found[0] if tuning.whole else combine(*found, plan, cut=cut, tuning=tuning)
     out = out[:, : T * heads, :H]
     return out.reshape(B, K, T, heads, H).swapaxes(1, 2).reshape(B, T, N, H)

@@ -35,11 +35,15 @@ def schedule(lengths: jax.Array, parts: int, size: int, tuning: Tuning) -> Sched
     """Cut the valid blocks of all rows into equal stretches.
 
     Where rows are equally long and it leaves few parts idle, a stretch is a whole number of rows,
-    or rows are cut alike: fewer partial results.
+    or rows are cut alike: fewer partial results. With `tuning.whole` it always is a number of rows.
     """
     lengths = lengths.astype(jnp.int32)
     blocks = stored_blocks(lengths, size, tuning.block)
-    each, places = _cut(blocks, parts)
+    if tuning.whole:
+        most = -(-size // tuning.block)
+        each, places = jnp.int32(most * -(-len(lengths) // parts)), jnp.full_like(blocks, most)
+    else:
+        each, places = _cut(blocks, parts)
     ends = jnp.cumsum(places, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     row = _row_at(jnp.arange(parts, dtype=jnp.int32) * each, ends)

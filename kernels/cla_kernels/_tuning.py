@@ -29,6 +29,8 @@ class Tuning:
             is a multiple of four.
         units: programs, one on a multiprocessor, at most (more KV heads: one of each); each reads
             a stretch of a KV head's order.
+        whole: whether no row is cut, however unequal they are: then nothing is left to combine, and
+            the second kernel is not launched. Only for short caches: the longest row is one unit's.
         on_device: false for the interpreter, which has no initial accumulators and no overlap of
             launches.
 
@@ -40,6 +42,7 @@ class Tuning:
     stages: int = 5
     workers: int = 1
     units: int = 132
+    whole: bool = False
     on_device: bool = True
 
     def __post_init__(self) -> None:

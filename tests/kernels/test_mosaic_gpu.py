@@ -53,6 +53,10 @@ INTERPRETED = {
     "a head dim that is padded": (Shape(B=2, T=1, N=3, K=1, H=96, S=136, G=1), [70, 136], SMALL),
     "more queries than a tile": (Shape(B=2, T=3, N=32, K=1, H=64, S=72, G=1), [72, 2], SMALL),
 }  # fmt: skip
+INTERPRETED["rows that nobody cuts"] = (
+    Shape(B=5, T=1, N=4, K=2, H=64, S=136, G=2), [136, 1, 70, 0, 200],
+    dataclasses.replace(SMALL, units=4, whole=True),
+)  # fmt: skip
 TWO_WORKERS = dataclasses.replace(SMALL, stages=4, workers=2)
 INTERPRETED["two workers"] = (
     Shape(B=3, T=2, N=4, K=2, H=64, S=456, G=1), [70, 456, 200], TWO_WORKERS,
@@ -161,8 +165,9 @@ def test_every_configuration_lowers_for_cuda(
 
 
 def lowered(
-    shape: Shape, q_dtype: str = "bfloat16", kv_dtype: str = "bfloat16", scan: bool = False
-) -> str:
+    shape: Shape, q_dtype: str = "bfloat16", kv_dtype: str = "bfloat16", scan: bool = False,
+    tuning: Tuning | None = None,
+) -> str:  # fmt: skip
     """Of one call for CUDA, or of one in a scan over layers."""
     array = jax.ShapeDtypeStruct
     cache = array((shape.G, shape.B, shape.S, shape.K, shape.H), kv_dtype)
@@ -172,7 +177,7 @@ def lowered(
 
     def call(layer: Any, q: Any, k: Any, v: Any, lengths: Any, *scales: Any) -> jax.Array:
         k_scale, v_scale = scales or (None, None)
-        return mosaic.decode_attention(q, k, v, k_scale, v_scale, lengths, layer, 0.1)
+        return mosaic.decode_attention(q, k, v, k_scale, v_scale, lengths, layer, 0.1, tuning)
 
     def run(q: Any, k: Any, v: Any, lengths: Any, *scales: Any) -> jax.Array:
         if not scan:
@@ -204,6 +209,13 @@ CUT = {
 @pytest.mark.parametrize("name", CUT)
 def test_every_way_to_cut_the_work_lowers_for_cuda(name: str):
     assert "mosaic_gpu" in lowered(CUT[name])
+
+
+def test_rows_that_nobody_cuts_need_no_second_kernel():
+    shape = Shape(16, 1, 32, 1, 64, 512, 1)
+    assert lowered(shape).count("custom_call @mosaic_gpu") == 2
+    cut = Tuning(block=256, stages=5, whole=True)
+    assert lowered(shape, tuning=cut).count("custom_call @mosaic_gpu") == 1
 
 
 def test_8_bit_caches_of_one_row_lower_for_cuda():
@@ -320,12 +332,13 @@ def test_whatever_is_asked_the_cut_can_work(
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=9)
     | st.builds(lambda length, rows: [length] * rows, st.integers(0, 900), st.integers(1, 9)),
-    st.integers(1, 7), st.sampled_from([64, 128]),
+    st.integers(1, 7), st.sampled_from([64, 128]), st.booleans(),
 )  # fmt: skip
-def test_every_block_is_read_once(lengths: list[int], parts: int, block: int):
+def test_every_block_is_read_once(lengths: list[int], parts: int, block: int, whole: bool):
     """The schedule against a list of all blocks, cut by hand."""
     size = 800
-    plan = schedule(jnp.array(lengths, jnp.int32), parts, size, Tuning(block=block))
+    tuning = Tuning(block=block, whole=whole)
+    plan = schedule(jnp.array(lengths, jnp.int32), parts, size, tuning)
     starts, each = np.asarray(plan.starts), int(plan.each[0])
     blocks = [max(-(-min(length, size) // block), 1) for length in lengths]
     places = np.diff(starts)
@@ -334,7 +347,7 @@ def test_every_block_is_read_once(lengths: list[int], parts: int, block: int):
     ]
     assert len(order) == starts[-1] <= each * parts
     assert sum(valid for _, valid in order) == sum(blocks)
-    assert each * 16 <= -(-sum(blocks) // parts) * 17  # few parts are idle
+    assert whole or each * 16 <= -(-sum(blocks) // parts) * 17  # few parts are idle
 
     cut = [order[part * each : (part + 1) * each] for part in range(parts)]
     for (row, start, end, length), found in zip(np.asarray(plan.parts), cut, strict=True):
@@ -348,6 +361,7 @@ def test_every_block_is_read_once(lengths: list[int], parts: int, block: int):
     for part, found in enumerate(cut):
         for row in {row for row, valid in found if valid}:
             readers.setdefault(row, []).append(part)
+    assert not whole or all(len(found) == 1 for found in readers.values())
     joins = [tuple(map(int, join[:3])) for join in np.asarray(plan.joins) if join[1] < join[2]]
     assert sorted(joins) == [(i, f[0], f[-1]) for i, f in sorted(readers.items()) if len(f) > 1]
     for row, first, last, behind in np.asarray(plan.joins):
