@@ -2,6 +2,7 @@
 
 import dataclasses
 import faulthandler
+import math
 import re
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from cla_kernels import EIGHT_BIT, decode_attention
 from cla_kernels import _mosaic_gpu as mosaic
 from cla_kernels._schedule import schedule
-from cla_kernels._tuning import Tuning, tuned
+from cla_kernels._shared import Problem, scratch
+from cla_kernels._tuning import REDUCTION_BYTES, Tuning, _shared_bytes, tuned
 from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
@@ -160,7 +162,7 @@ assert set(LOWERED) >= FAST
 def test_every_configuration_lowers_for_cuda(
     head_dim: int, q_dtype: str, kv_dtype: str, queries: int, heads: int
 ):
-    shape = Shape(B=3, T=queries, N=heads, K=1, H=head_dim, S=1024, G=2)
+    shape = Shape(B=64, T=queries, N=heads, K=1, H=head_dim, S=1024, G=2)  # enough for whole tiles
     assert "mosaic_gpu" in lowered(shape, q_dtype, kv_dtype)
 
 
@@ -216,6 +218,11 @@ def test_rows_that_nobody_cuts_need_no_second_kernel():
     assert lowered(shape).count("custom_call @mosaic_gpu") == 2
     cut = Tuning(block=256, stages=5, whole=True)
     assert lowered(shape, tuning=cut).count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("q_dtype", ["bfloat16", "float16"])
+def test_8_bit_caches_that_fill_the_shared_memory_lower_for_cuda(q_dtype: str):
+    assert "mosaic_gpu" in lowered(Shape(64, 1, 16, 1, 128, 8192, 1), q_dtype, "int8")
 
 
 def test_8_bit_caches_of_one_row_lower_for_cuda():
@@ -308,25 +315,37 @@ def test_a_cut_that_cannot_work_is_refused(change: dict[str, Any], message: str)
 
 
 @given(
-    st.integers(1, 64), st.integers(32, 256), st.sampled_from(["bfloat16", "float16", *EIGHT_BIT]),
-    st.integers(1, 4096), st.integers(1, 200_000),
+    st.integers(1, 64), st.integers(4, 32).map(lambda n: 8 * n),
+    st.sampled_from(["bfloat16", "float16", *EIGHT_BIT]), st.integers(1, 4096),
+    st.integers(1, 200_000),
     st.none() | st.builds(
         Tuning, block=st.sampled_from([64, 128, 192, 256, 512]), stages=st.sampled_from([4, 8, 12]),
         workers=st.integers(1, 2),
     ),
+    st.booleans(),
 )  # fmt: skip
 def test_whatever_is_asked_the_cut_can_work(
-    rows: int, head_dim: int, dtype: str, row_heads: int, size: int, asked: Tuning | None
-):
-    kv_dtype = jnp.dtype(dtype)
-    cut = tuned(rows, head_dim, kv_dtype, row_heads, size, asked)  # a `Tuning` checks itself
-    assert cut.units <= 132
-    # What a program holds: tiles, queries, weights.
-    columns, itemsize = -(-head_dim // 64) * 64, kv_dtype.itemsize
-    held = cut.stages * cut.block * columns * itemsize
-    held += 2 * (rows * columns * 2) + cut.workers * rows * cut.block * 2
-    assert held < 227 * 1024
-    assert tuned(rows, head_dim, kv_dtype, row_heads, size, cut) == cut
+    rows: int, head_dim: int, dtype: str, row_heads: int, size: int, asked: Tuning | None,
+    narrow: bool,
+):  # fmt: skip
+    """And what a program shares is counted as Mosaic GPU does it, to the byte."""
+    kv_dtype, eight_bit = jnp.dtype(dtype), dtype in EIGHT_BIT
+    head_dim += 8 * (eight_bit and head_dim % 16 != 0)
+    multiplied = jnp.dtype("bfloat16") if eight_bit else kv_dtype
+    result = jnp.dtype("float16") if eight_bit and narrow else multiplied
+    apart = result != multiplied
+    cut = tuned(rows, head_dim, kv_dtype, row_heads, size, asked, result_apart=apart)
+    assert cut.units <= 132  # a `Tuning` checks the rest itself
+    problem = Problem(1, rows, head_dim, size, 1.0, multiplied, kv_dtype, result, cut)
+    shared = REDUCTION_BYTES * cut.workers
+    for one in jax.tree.leaves(scratch(problem)):
+        if isinstance(one, plgpu.Barrier):
+            shared += 8 * int(np.prod(one.num_barriers))
+        else:
+            shared += -(-math.prod(one.shape) * jnp.dtype(one.dtype).itemsize // 1024) * 1024
+    assert shared == _shared_bytes(problem.rows, head_dim, kv_dtype, cut, apart)
+    assert shared <= 227 * 1024
+    assert tuned(rows, head_dim, kv_dtype, row_heads, size, cut, result_apart=apart) == cut
 
 
 @given(
