@@ -240,6 +240,21 @@ def test_a_barrier_keeps_the_result_in_place_apart_from_a_loop_that_stacks_it():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_what_is_interpreted_is_right_on_a_gpu(name: str):
+    shape, lengths, tuning = INTERPRETED[name]
+    tuning = dataclasses.replace(tuning, on_device=True)
+    q, k, v = inputs(shape, "bfloat16", "bfloat16")
+    for layer in range(shape.G):
+        expected = softmax_attention(q, k, v, lengths, layer)
+        found = mosaic.decode_attention(
+            q, k, v, None, None, jnp.array(lengths, jnp.int32), layer, shape.H**-0.5, tuning
+        )
+        found = np.asarray(found.astype(jnp.float32), np.float64)
+        assert np.linalg.norm(found - expected) <= 3e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
 def test_the_schedule_is_there_when_it_is_read():
     """Two hundred calls of other lengths: each is cut right before the kernels that read it."""
     shape = Shape(B=4, T=1, N=16, K=1, H=128, S=1024, G=1)
