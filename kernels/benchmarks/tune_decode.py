@@ -257,8 +257,7 @@ def main(options: Options) -> None:
         columns, entry = table_entry(shape.H, dtype)
         cuts = fitting(shape, asked)
         own = tuned(shape.N // shape.K, shape.H, dtype, shape.B * shape.K, shape.capacity)
-        if options.smoke:
-            own = dataclasses.replace(own, on_device=False)
+        own = dataclasses.replace(own, on_device=not options.smoke)
         firsts = {own: TABLE}  # what several become is timed once
         for name, cut in cuts.items():
             firsts.setdefault(cut, name)
